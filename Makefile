@@ -1,0 +1,47 @@
+# make quickstart   train a small model on real text while its mixture moves
+# make test         run the test suite
+# Each sets up all it needs, in .venv, with the versions of constraints.txt.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+CORPUS := runs/quickstart-data/corpus
+MANIFEST := runs/quickstart-data/domains.yaml
+RANKS ?= 2
+# With several ranks on few cores, one thread each is fastest.
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: quickstart test check clean-quickstart
+
+quickstart: $(MANIFEST)
+	$(BIN)/torchrun --standalone --nproc-per-node $(RANKS) -m megatron_tikmix examples/quickstart.yaml
+
+$(MANIFEST): | $(VENV)/.installed
+	$(BIN)/python tools/build_corpus.py --output $(CORPUS)
+	$(BIN)/python tools/preprocess_data.py --input $(CORPUS) --output $(@D) \
+	    --train_tokenizer --vocab_size 2048
+
+clean-quickstart:
+	rm -rf runs/quickstart runs/quickstart-data
+
+test: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest tests/unit tests/distributed tests/gpu
+
+check: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# Set-up: nothing is fetched again, or at all, once these marks are newer than what they follow.
+$(VENV)/.created:
+	$(PYTHON) -m venv $(VENV)
+	touch $@
+
+$(VENV)/.installed: $(VENV)/.created setup.py constraints.txt
+	$(PIP) install --quiet --constraint constraints.txt --editable .
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(PIP) install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $@

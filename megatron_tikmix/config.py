@@ -1,0 +1,506 @@
+"""One run, as nested dataclasses: what YAML files and ``--section.field value`` fill in.
+
+Sections ``model``, ``optimizer`` and ``ddp`` are megatron-core's own configuration classes;
+every field they have can be set. The other sections are declared here. A field's docstring
+is what ``--help`` shows.
+"""
+
+import difflib
+import math
+import os
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+from jsonargparse import SUPPRESS, ArgumentError, ArgumentParser, set_parsing_settings
+from megatron.core.distributed import DistributedDataParallelConfig
+from megatron.core.optimizer import OptimizerConfig
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_tikmix.errors import InputError
+
+
+@dataclass(kw_only=True)
+class GPTConfig(TransformerConfig):
+    """megatron-core's TransformerConfig, and the arguments of its GPTModel."""
+
+    position_embedding_type: Literal["learned_absolute", "rope", "none"] = "rope"
+    """How positions are encoded."""
+
+    rotary_base: int = 10000
+    """Base period of rotary position embeddings."""
+
+    rotary_percent: float = 1.0
+    """Share of each head's dimensions that is rotated."""
+
+    share_embeddings_and_output_weights: bool = True
+    """Use the word embedding as the output layer's weight too."""
+
+    make_vocab_size_divisible_by: int = 128
+    """Pad the vocabulary to a multiple of this. Every layout pads to the same size, so
+    tensor_model_parallel_size must divide it."""
+
+    transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
+    """Layer implementation; `auto` takes Transformer Engine on a GPU where it is installed."""
+
+    # What GPTModel computes here must not depend on a knob that would silently change the loss.
+    calculate_per_token_loss: bool = True
+    """Losses and gradients are means over unmasked tokens; influence relies on it."""
+
+    def __post_init__(self) -> None:
+        self.params_dtype = self.pipeline_dtype = torch.bfloat16 if self.bf16 else torch.float32
+        # With overlap_p2p_comm an output would be freed before its send is waited for.
+        self.deallocate_pipeline_outputs = False
+        super().__post_init__()
+
+
+@dataclass(kw_only=True)
+class DataConfig:
+    """Training domains."""
+
+    manifest: str
+    """The domain manifest (YAML) that tools/preprocess_data.py wrote."""
+
+    sequence_length: int = 1024
+    """Tokens of one sample."""
+
+    domains: list[str] | None = None
+    """Train on these domains of the manifest only (default: all of them)."""
+
+    initial_mixture: Literal["uniform", "proportional"] | dict[str, float] = "proportional"
+    """Mixture of the first interval: `uniform`, `proportional` to training tokens, or weights
+    by domain name."""
+
+    num_workers: int = 0
+    """Data-loading worker processes of each rank."""
+
+    def __post_init__(self) -> None:
+        require(self.sequence_length > 0, "data.sequence_length", "must be positive")
+        require(self.num_workers >= 0, "data.num_workers", "must not be negative")
+
+
+@dataclass(kw_only=True)
+class TaskConfig:
+    """A validation task: the held-out validation split of a domain."""
+
+    domain: str
+    """The domain whose `validation` split is measured."""
+
+    weight: float = 1.0
+    """What this task counts for in the decision, relative to the others."""
+
+    def __post_init__(self) -> None:
+        require(
+            math.isfinite(self.weight) and self.weight > 0, "tasks.<name>.weight", "must be > 0"
+        )
+
+
+@dataclass(kw_only=True)
+class TrainConfig:
+    """How much to train, and in which batches."""
+
+    train_iters: int
+    """Optimizer steps of the whole run."""
+
+    micro_batch_size: int = 1
+    """Samples of one forward-backward pass on one data-parallel rank."""
+
+    global_batch_size: int = 8
+    """Samples of one optimizer step, over all data-parallel ranks."""
+
+    log_interval: int = 10
+    """Write a row of metrics.jsonl and TensorBoard every so many iterations."""
+
+    def __post_init__(self) -> None:
+        for name in ("train_iters", "micro_batch_size", "global_batch_size", "log_interval"):
+            require(getattr(self, name) > 0, f"train.{name}", "must be positive")
+
+
+@dataclass(kw_only=True)
+class SchedulerConfig:
+    """Learning-rate schedule (megatron-core's OptimizerParamScheduler).
+
+    The peak and the floor are `optimizer.lr` and `optimizer.min_lr`.
+    """
+
+    lr_decay_style: Literal["constant", "linear", "cosine", "inverse-square-root", "WSD"] = "cosine"
+    """Shape of the decay."""
+
+    lr_warmup_iters: int = 0
+    """Iterations of linear warm-up from 0."""
+
+    lr_decay_iters: int | None = None
+    """Iterations until the floor is reached (default: the whole run)."""
+
+    lr_wsd_decay_iters: int | None = None
+    """WSD only: length of the final decay, in iterations."""
+
+    def __post_init__(self) -> None:
+        require(self.lr_warmup_iters >= 0, "scheduler.lr_warmup_iters", "must not be negative")
+        require(
+            self.lr_decay_style != "WSD" or self.lr_wsd_decay_iters is not None,
+            "scheduler.lr_wsd_decay_iters",
+            "must be given with lr_decay_style WSD",
+        )
+
+
+@dataclass(kw_only=True)
+class RemixConfig:
+    """When and how the mixture is reset."""
+
+    policy: Literal["tikmix_d", "static"] = "tikmix_d"
+    """`tikmix_d` resets the mixture at every boundary; `static` keeps the initial one."""
+
+    interval_samples: int | None = None
+    """Samples of one interval, a whole number of global batches. None: no boundary at all."""
+
+    apply: bool = True
+    """False: measure and solve at each boundary, log the answer, and keep the mixture."""
+
+    alpha: float = 1.0
+    """Weight of uniformity over tasks, std(gain)."""
+
+    beta: float = 1.0
+    """Weight of the gain summed over tasks."""
+
+    gamma: float = 1.0
+    """Weight of the mixture's entropy."""
+
+    preset: Literal["paper"] | None = None
+    """`paper`: the raw sum over tasks, as published."""
+
+    max_total_variation: float | None = 0.25
+    """Largest change of the mixture per reset, in total variation (half the summed absolute
+    change). None: no limit."""
+
+    def __post_init__(self) -> None:
+        for name in ("alpha", "beta", "gamma"):
+            value = getattr(self, name)
+            require(math.isfinite(value) and value >= 0, f"remix.{name}", "must not be negative")
+        require(
+            self.max_total_variation is None or 0 < self.max_total_variation <= 1,
+            "remix.max_total_variation",
+            "must be above 0 and at most 1",
+        )
+
+
+@dataclass(kw_only=True)
+class ProbeConfig:
+    """The influence probe at each boundary."""
+
+    curvature: Literal["adam", "identity"] = "adam"
+    """Inverse curvature: `adam` (the optimizer's damped second moment) or `identity`."""
+
+    damping: float = 0.1
+    """Damping of `adam`, relative to the mean of sqrt(second moment)."""
+
+    sub_batches: int = 8
+    """Sub-batches of each domain; standard errors come from their spread."""
+
+    sub_batch_samples: int = 8
+    """Samples of one sub-batch, over all data-parallel ranks."""
+
+    task_samples: int = 64
+    """At most so many samples of each task decide (the others report)."""
+
+    seed: int = 4321
+    """Seed of the probe's own sample stream, apart from training's."""
+
+    def __post_init__(self) -> None:
+        require(self.damping > 0, "probe.damping", "must be positive")
+        require(self.sub_batches >= 8, "probe.sub_batches", "must be at least 8 for honest errors")
+        for name in ("sub_batch_samples", "task_samples"):
+            require(getattr(self, name) > 0, f"probe.{name}", "must be positive")
+
+
+@dataclass(kw_only=True)
+class EvaluateConfig:
+    """Validation loss at every boundary and at the end, on items that do not decide."""
+
+    task_samples: int = 64
+    """At most so many samples of each task are measured."""
+
+    def __post_init__(self) -> None:
+        require(self.task_samples > 0, "evaluate.task_samples", "must be positive")
+
+
+@dataclass(kw_only=True)
+class CheckpointConfig:
+    """Checkpoints under RUN_DIR/checkpoints; a run started again in its directory resumes."""
+
+    save_interval: int | None = None
+    """Iterations between checkpoints, besides one after every boundary and one at the end."""
+
+    keep: int = 2
+    """How many checkpoints to keep; older ones are deleted."""
+
+    def __post_init__(self) -> None:
+        require(
+            self.save_interval is None or self.save_interval > 0,
+            "checkpoint.save_interval",
+            "must be positive",
+        )
+        require(self.keep > 0, "checkpoint.keep", "must be positive")
+
+
+@dataclass(kw_only=True)
+class RunConfig:
+    """One pretraining run."""
+
+    model: GPTConfig
+    """megatron-core's TransformerConfig (parallel sizes included) and GPTModel's arguments."""
+
+    data: DataConfig
+    tasks: dict[str, TaskConfig]
+    """Validation tasks by name."""
+
+    train: TrainConfig
+
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """megatron-core's OptimizerConfig; the distributed optimizer is always used."""
+
+    ddp: DistributedDataParallelConfig = field(default_factory=DistributedDataParallelConfig)
+    """megatron-core's DistributedDataParallelConfig."""
+
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    remix: RemixConfig = field(default_factory=RemixConfig)
+    probe: ProbeConfig = field(default_factory=ProbeConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+    run_dir: str = "runs/run"
+    """Where everything of the run is written."""
+
+    seed: int = 1234
+    """Seed of parameters, dropout and sample order."""
+
+    timeout_minutes: float = 30.0
+    """A collective that waits longer than this ends the job."""
+
+    dry_run: bool = False
+    """Check everything, print the plan, and stop before training. Set WORLD_SIZE to the
+    number of ranks to be planned for."""
+
+    def __post_init__(self) -> None:
+        require(bool(self.tasks), "tasks", "must name at least one validation task")
+        for name in self.tasks:
+            require(
+                re.fullmatch(r"[A-Za-z0-9_.-]+", name) is not None,
+                f"tasks.{name}",
+                "must be named with letters, digits, '_', '.' and '-' only",
+            )
+        self.optimizer.bf16 = self.model.bf16
+        self.optimizer.params_dtype = self.model.params_dtype
+        self.optimizer.use_distributed_optimizer = True
+        self.ddp.use_distributed_optimizer = True
+        if self.optimizer.min_lr is None:
+            self.optimizer.min_lr = 0.0
+
+    # Derived sizes ---------------------------------------------------------------------
+
+    @property
+    def interval_iters(self) -> int | None:
+        """Iterations of one interval; None without boundaries."""
+        samples = self.remix.interval_samples
+        return None if samples is None else samples // self.train.global_batch_size
+
+    def data_parallel_size(self, world_size: int) -> int:
+        """Data-parallel ranks in a world of this size."""
+        tp, pp = self.model.tensor_model_parallel_size, self.model.pipeline_model_parallel_size
+        return world_size // (tp * pp)
+
+    def check(self, world_size: int) -> None:
+        """Refuse what cannot run on `world_size` ranks, before anything is built.
+
+        Raises:
+            InputError: names the field and the remedy.
+        """
+        self._check_supported()
+        self._check_layout(world_size)
+        self._check_boundaries()
+
+    def _check_supported(self) -> None:
+        model, optimizer = self.model, self.optimizer
+        unsupported = {
+            "model.context_parallel_size": model.context_parallel_size > 1,
+            "model.expert_model_parallel_size": model.expert_model_parallel_size > 1,
+            "model.num_moe_experts": model.num_moe_experts is not None,
+            "model.mtp_num_layers": bool(model.mtp_num_layers),
+            "model.fp16": model.fp16,
+            "model.fp8": bool(model.fp8),
+            "ddp.use_megatron_fsdp": self.ddp.use_megatron_fsdp,
+            "ddp.num_distributed_optimizer_instances": (
+                self.ddp.num_distributed_optimizer_instances > 1
+            ),
+            f"optimizer.optimizer {optimizer.optimizer}": optimizer.optimizer != "adam",
+            "optimizer.use_precision_aware_optimizer": optimizer.use_precision_aware_optimizer,
+        }
+        for name, used in unsupported.items():
+            require(not used, name, "is not supported yet; leave it at its default")
+        require(model.calculate_per_token_loss, "model.calculate_per_token_loss", "must stay true")
+
+    def _check_layout(self, world_size: int) -> None:
+        model, train = self.model, self.train
+        tp, pp = model.tensor_model_parallel_size, model.pipeline_model_parallel_size
+        require(
+            world_size % (tp * pp) == 0,
+            "model",
+            f"needs a multiple of tensor_model_parallel_size {tp} × pipeline_model_parallel_size "
+            f"{pp} = {tp * pp} ranks, and {world_size} were launched",
+        )
+        require(
+            model.make_vocab_size_divisible_by % tp == 0,
+            "model.make_vocab_size_divisible_by",
+            f"must be a multiple of tensor_model_parallel_size {tp}",
+        )
+        require(
+            model.hidden_size % model.num_attention_heads == 0,
+            "model.hidden_size",
+            f"({model.hidden_size}) must be a multiple of num_attention_heads "
+            f"{model.num_attention_heads}",
+        )
+        layers_at_once = pp * (model.virtual_pipeline_model_parallel_size or 1)
+        require(
+            model.num_layers % layers_at_once == 0,
+            "model.num_layers",
+            f"({model.num_layers}) must be a multiple of {layers_at_once} pipeline stages",
+        )
+        step = train.micro_batch_size * self.data_parallel_size(world_size)
+        require(
+            train.global_batch_size % step == 0,
+            "train.global_batch_size",
+            f"({train.global_batch_size}) must be a multiple of micro_batch_size "
+            f"{train.micro_batch_size} × {self.data_parallel_size(world_size)} data-parallel "
+            f"ranks = {step}",
+        )
+
+    def _check_boundaries(self) -> None:
+        samples, batch = self.remix.interval_samples, self.train.global_batch_size
+        if samples is None:
+            return
+        below = samples // batch * batch
+        require(
+            samples > 0 and samples % batch == 0,
+            "remix.interval_samples",
+            f"({samples}) must be a whole number of global batches of {batch} samples; the "
+            f"nearest are {max(below, batch)} and {below + batch}",
+        )
+        settled = math.ceil(3 / (1 - self.optimizer.adam_beta2))
+        require(
+            self.remix.policy == "static"
+            or self.probe.curvature != "adam"
+            or samples // batch >= settled,
+            "remix.interval_samples",
+            f"({samples}) puts the first boundary at iteration {samples // batch}, before Adam's "
+            f"second moment has settled (3 / (1 − adam_beta2) = {settled} iterations); use at "
+            f"least {settled * batch}, a smaller optimizer.adam_beta2, or probe.curvature identity",
+        )
+
+
+def require(condition: bool, name: str, problem: str) -> None:
+    """Raise :class:`InputError` naming the field unless `condition` holds."""
+    if not condition:
+        raise InputError(f"{name} {problem}")
+
+
+# Reading it ------------------------------------------------------------------------------
+
+_USAGE = """\
+torchrun --nproc-per-node N -m megatron_tikmix CONFIG.yaml [--section.field value ...]
+
+Pretrain a megatron-core GPT while TiKMiX resets the mixture of domains at every interval
+boundary. CONFIG.yaml gives the run; options on the command line override it. Started again
+with the same run_dir, a run resumes from its newest checkpoint.
+
+examples:
+  torchrun --nproc-per-node 2 -m megatron_tikmix examples/quickstart.yaml
+  torchrun --nproc-per-node 2 -m megatron_tikmix examples/quickstart.yaml \\
+      --model.tensor_model_parallel_size 2 --run_dir runs/tp2
+  WORLD_SIZE=8 python -m megatron_tikmix CONFIG.yaml --dry_run true     # check and plan only
+
+Below are the fields most often set. Sections model, optimizer and ddp take every field of
+megatron-core's TransformerConfig, OptimizerConfig and DistributedDataParallelConfig as well.
+"""
+
+# Of megatron-core's several hundred fields, those that --help lists.
+_SHOWN = {
+    "model": """num_layers hidden_size num_attention_heads num_query_groups ffn_hidden_size
+        normalization gated_linear_unit activation_func add_bias_linear hidden_dropout
+        attention_dropout init_method_std tensor_model_parallel_size
+        pipeline_model_parallel_size virtual_pipeline_model_parallel_size sequence_parallel
+        bf16 recompute_granularity position_embedding_type rotary_base rotary_percent
+        share_embeddings_and_output_weights make_vocab_size_divisible_by transformer_impl""",
+    "optimizer": "lr min_lr weight_decay adam_beta1 adam_beta2 adam_eps clip_grad",
+    "ddp": "overlap_grad_reduce overlap_param_gather bucket_size grad_reduce_in_fp32",
+}
+
+
+set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+
+def build_parser(for_help: bool = False) -> ArgumentParser:
+    """The parser of every ``--section.field``, with a ``--config`` file beneath them.
+
+    `for_help` hides the rarely used fields of megatron-core; hidden ones would be left out of
+    the resolved configuration too, so a real run is parsed without it.
+    """
+    parser = ArgumentParser(prog="megatron_tikmix", usage=_USAGE, exit_on_error=False, allow_abbrev=False)
+    parser.add_argument("--config", action="config", help="the run's YAML file")
+    parser.add_class_arguments(RunConfig, as_group=True)
+    for action in parser._actions if for_help else ():
+        section, _, name = action.dest.partition(".")
+        if section in _SHOWN and name and name not in _SHOWN[section].split():
+            action.help = SUPPRESS
+    return parser
+
+
+def load_config(arguments: list[str]) -> tuple[RunConfig, str]:
+    """Read ``[CONFIG.yaml] [--section.field value ...]``.
+
+    Returns:
+        The run, and its resolved YAML, which read back gives the same run.
+
+    Raises:
+        InputError: an unknown field (the nearest valid name is given), a value of the wrong
+            type, or a combination that megatron-core refuses.
+        SystemExit: ``--help`` was asked for.
+    """
+    if arguments and not arguments[0].startswith("-"):
+        path = Path(arguments[0])
+        if not path.is_file():
+            raise InputError(f"{path}: no such configuration file")
+        arguments = ["--config", *arguments]
+    parser = build_parser(for_help=bool({"-h", "--help"} & set(arguments)))
+    try:
+        settings = parser.parse_args(arguments)
+        settings.pop("config")
+        resolved = parser.dump(settings, skip_none=False)
+        return RunConfig(**parser.instantiate(settings).as_dict()), resolved
+    except InputError:
+        raise
+    except (ArgumentError, ValueError, AssertionError, TypeError) as error:
+        raise InputError(_in_one_sentence(str(error), parser)) from error
+
+
+def _in_one_sentence(message: str, parser: ArgumentParser) -> str:
+    """The parser's complaint on one line; an unknown field gets the nearest valid name."""
+    message = re.sub(r"\s+", " ", message).strip()
+    unknown = re.search(
+        r"Group '(?P<group>\S+)' does not accept option '(?P<key>\S+)'"
+        r"|Option '(?P<name>\S+)' is not accepted|[Uu]nrecognized arguments: --(?P<option>[^\s=]+)",
+        message,
+    )
+    if unknown is None:
+        return message
+    name = unknown["name"] or unknown["option"] or f"{unknown['group']}.{unknown['key']}"
+    fields = [action.dest for action in parser._actions] + ["domain", "weight"]
+    nearest = difflib.get_close_matches(name, fields, n=1, cutoff=0.0)
+    return f"unknown configuration field {name}; did you mean {nearest[0]}?"
+
+
+def launched_world() -> tuple[int, int, int]:
+    """(rank, local rank, world size), from the variables torchrun sets; 0, 0, 1 without it."""
+    read = os.environ.get
+    return int(read("RANK", 0)), int(read("LOCAL_RANK", 0)), int(read("WORLD_SIZE", 1))

@@ -1,0 +1,72 @@
+"""Opens the data that a configuration names: domains, tasks, and the first mixture."""
+
+from megatron_tikmix.config import RunConfig
+from megatron_tikmix.data.domain_stream import DomainStream
+from megatron_tikmix.data.domains import DomainManifest
+from megatron_tikmix.data.tasks import Task, build_task
+from megatron_tikmix.errors import InputError
+from megatron_tikmix.mixing import Mixture
+
+
+class TrainingData:
+    """The domains, tasks and first mixture that a configuration names.
+
+    Raises:
+        InputError: names the file or field, and the remedy.
+    """
+
+    def __init__(self, config: RunConfig) -> None:
+        data = config.data
+        self.manifest = DomainManifest.load(data.manifest)
+        self.names = list(data.domains or self.manifest.domains)
+        self.manifest.check_files(self.names, ["train"])
+        for name, task in config.tasks.items():
+            if task.domain not in self.manifest.domains:
+                raise InputError(
+                    f"tasks.{name}.domain: {data.manifest} has no domain {task.domain}; it has "
+                    f"{', '.join(self.manifest.domains)}"
+                )
+        self.manifest.check_files([t.domain for t in config.tasks.values()], ["validation"])
+        self.streams = [
+            self.stream(name, config.seed, data.sequence_length) for name in self.names
+        ]
+        self.tasks: list[Task] = [
+            build_task(
+                name,
+                task.domain,
+                self.manifest,
+                seed=config.seed,
+                sequence_length=data.sequence_length,
+            )
+            for name, task in config.tasks.items()
+        ]
+        self.initial_mixture = self._initial_mixture(config)
+
+    def stream(self, name: str, seed: int, sequence_length: int) -> DomainStream:
+        """A stream of the domain's train split."""
+        return DomainStream(
+            name,
+            self.manifest.split(name, "train"),
+            seed=seed,
+            sequence_length=sequence_length,
+            eod=self.manifest.eod,
+            vocab_size=self.manifest.vocab_size,
+        )
+
+    def _initial_mixture(self, config: RunConfig) -> Mixture:
+        initial = config.data.initial_mixture
+        if initial == "uniform":
+            return Mixture.uniform(self.names)
+        if initial == "proportional":
+            tokens = {name: self.manifest.split(name, "train").tokens for name in self.names}
+            return Mixture.proportional(tokens)
+        unknown = set(initial) - set(self.names)
+        if unknown:
+            raise InputError(
+                f"data.initial_mixture: unknown domains {', '.join(sorted(unknown))}; the run's "
+                f"are {', '.join(self.names)}"
+            )
+        try:
+            return Mixture({name: initial.get(name, 0.0) for name in self.names})
+        except InputError as error:
+            raise InputError(f"data.initial_mixture: {error}") from error

@@ -1,0 +1,289 @@
+"""The domain manifest: which domains there are, in which files, and how large they are.
+
+``tools/preprocess_data.py`` writes it beside the ``.bin/.idx`` files; training reads it::
+
+    tokenizer: tokenizer.json
+    vocab_size: 2048
+    eod: 0
+    domains:
+      python_code:
+        train: {prefix: python_code_train, documents: 812, tokens: 1234567}
+        validation: {prefix: python_code_validation, documents: 90, tokens: 130000}
+
+Paths are relative to the manifest's folder, so that the folder can be moved.
+"""
+
+import os
+import re
+import struct
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from megatron_tikmix.errors import InputError
+
+AGAIN = "run tools/preprocess_data.py again"
+
+
+@dataclass(frozen=True)
+class DomainSplit:
+    """One split of one domain: ``<prefix>.bin`` and ``<prefix>.idx``."""
+
+    prefix: Path
+    documents: int
+    tokens: int
+    """End-of-document tokens included."""
+
+    @property
+    def bin_path(self) -> Path:
+        return Path(f"{self.prefix}.bin")
+
+    @property
+    def idx_path(self) -> Path:
+        return Path(f"{self.prefix}.idx")
+
+
+@dataclass(frozen=True)
+class DomainManifest:
+    """Every domain's splits, and the tokenizer they were encoded with."""
+
+    path: Path
+    tokenizer: Path | None
+    vocab_size: int
+    eod: int
+    domains: Mapping[str, Mapping[str, DomainSplit]]
+
+    @classmethod
+    def load(cls, path: str | Path) -> "DomainManifest":
+        """Read a manifest.
+
+        Raises:
+            InputError: names the file and the field that is missing, unknown or ill-typed.
+        """
+        path = Path(path)
+        kinds = {"tokenizer": str, "vocab_size": int, "eod": int, "domains": dict}
+        fields = _take(f"{path}:", _read_yaml(path), kinds, optional={"tokenizer"})
+        vocab_size, eod = fields["vocab_size"], fields["eod"]
+        if not 0 <= eod < vocab_size:
+            raise InputError(
+                f"{path}: eod ({eod}) must be a token id below vocab_size {vocab_size}"
+            )
+        if not fields["domains"]:
+            raise InputError(f"{path}: domains must name at least one domain")
+        tokenizer = fields["tokenizer"]
+        return cls(
+            path=path,
+            tokenizer=None if tokenizer is None else path.parent / tokenizer,
+            vocab_size=vocab_size,
+            eod=eod,
+            domains={
+                name: _domain(path, name, splits) for name, splits in fields["domains"].items()
+            },
+        )
+
+    def save(self) -> None:
+        """Write the manifest to :attr:`path`, all of it or nothing."""
+        content = {
+            "tokenizer": None if self.tokenizer is None else self._relative(self.tokenizer),
+            "vocab_size": self.vocab_size,
+            "eod": self.eod,
+            "domains": {
+                domain: {
+                    name: {
+                        "prefix": self._relative(split.prefix),
+                        "documents": split.documents,
+                        "tokens": split.tokens,
+                    }
+                    for name, split in splits.items()
+                }
+                for domain, splits in self.domains.items()
+            },
+        }
+        unfinished = self.path.with_name(f"{self.path.name}.tmp")
+        with unfinished.open("w", encoding="utf-8") as file:
+            yaml.safe_dump(content, file, sort_keys=False, default_flow_style=None, width=200)
+        os.replace(unfinished, self.path)
+
+    def _relative(self, path: Path) -> str:
+        """`path` as seen from the manifest's folder; as it is when it lies elsewhere."""
+        folder = self.path.parent.absolute()
+        absolute = path.absolute()
+        return str(absolute.relative_to(folder) if absolute.is_relative_to(folder) else absolute)
+
+    def split(self, domain: str, split: str) -> DomainSplit:
+        """One split of one domain.
+
+        Raises:
+            InputError: there is none of that name; the names there are, are given.
+        """
+        if domain not in self.domains:
+            raise InputError(
+                f"{self.path}: no domain named {domain!r}; it has {', '.join(self.domains)}"
+            )
+        splits = self.domains[domain]
+        if split not in splits:
+            raise InputError(
+                f"{self.path}: domain {domain} has no {split!r} split; it has {', '.join(splits)}"
+            )
+        return splits[split]
+
+    def check_files(self, domains: Iterable[str], splits: Iterable[str]) -> None:
+        """Check the files of these splits of these domains, without reading the tokens.
+
+        Raises:
+            InputError: a file is missing or truncated, or is not what the manifest says.
+        """
+        splits = tuple(splits)
+        for domain in domains:
+            for name in splits:
+                self._check_split(f"domains.{domain}.{name}", self.split(domain, name))
+
+    def _check_split(self, field: str, split: DomainSplit) -> None:
+        for path in (split.idx_path, split.bin_path):
+            if not path.is_file():
+                raise InputError(f"{path} is missing, and {self.path} names it; {AGAIN}")
+        index = _read_index(split.idx_path)
+        _check_size(split.bin_path, index.bin_bytes, "its .idx says")
+        for name in ("documents", "tokens"):
+            listed, found = getattr(split, name), getattr(index, name)
+            if listed != found:
+                raise InputError(
+                    f"{self.path}: {field}.{name} is {listed}, but {split.idx_path} says {found}; "
+                    f"{AGAIN}"
+                )
+
+
+def check_name(name: object, what: str, pattern: str = r"[A-Za-z0-9_.-]+") -> str:
+    """`name`, which becomes part of file names, TensorBoard tags and HTML, if it is fit for that.
+
+    Raises:
+        InputError: it is not; `what` says whose name it is.
+    """
+    if not isinstance(name, str) or re.fullmatch(pattern, name) is None:
+        allowed = pattern.removeprefix("[").removesuffix("]+")
+        raise InputError(f"{what} {name!r} must be a name made of the characters {allowed} only")
+    return name
+
+
+# Reading the manifest ----------------------------------------------------------------------
+
+
+def _read_yaml(path: Path) -> object:
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise InputError(
+            f"{path}: no such domain manifest; write one with tools/preprocess_data.py"
+        ) from error
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not valid UTF-8; {AGAIN}") from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = "" if mark is None else f" line {mark.line + 1}:"
+        problem = getattr(error, "problem", None) or "cannot be parsed"
+        raise InputError(
+            f"{path}:{line} not valid YAML: {problem}; correct it, or {AGAIN}"
+        ) from error
+
+
+def _domain(path: Path, name: object, splits: object) -> dict[str, DomainSplit]:
+    name = check_name(name, f"{path}: domain")
+    where = f"{path}: domains.{name}"
+    if not isinstance(splits, dict) or not splits:
+        raise InputError(f"{where} must map at least one split, such as train, to its files")
+    return {
+        check_name(key, f"{where}: split"): _split(path, where, key, splits[key]) for key in splits
+    }
+
+
+def _split(path: Path, where: str, name: str, content: object) -> DomainSplit:
+    fields = _take(f"{where}.{name}:", content, {"prefix": str, "documents": int, "tokens": int})
+    return DomainSplit(path.parent / fields["prefix"], fields["documents"], fields["tokens"])
+
+
+def _take(
+    where: str, content: object, kinds: Mapping[str, type], optional: Iterable[str] = ()
+) -> dict[str, Any]:
+    """The fields of one mapping: none missing, none unknown, each of its kind."""
+    words = {str: "text", int: "a whole number, 0 or more", dict: "a mapping"}
+    expected = ", ".join(kinds)
+    if not isinstance(content, dict):
+        raise InputError(f"{where} must be a mapping with the fields {expected}")
+    for name in content:
+        if name not in kinds:
+            raise InputError(f"{where} unknown field {name!r}; the fields are {expected}")
+    for name, kind in kinds.items():
+        value = content.get(name)
+        if value is None and name in optional:
+            continue
+        if name not in content:
+            raise InputError(f"{where} field {name} is missing; the fields are {expected}")
+        # bool is an int to Python, and never what is meant here.
+        ill_typed = not isinstance(value, kind) or isinstance(value, bool)
+        if ill_typed or (isinstance(value, int) and value < 0):
+            raise InputError(f"{where} field {name} must be {words[kind]}, and is {value!r}")
+    return {name: content.get(name) for name in kinds}
+
+
+# Reading an index --------------------------------------------------------------------------
+
+
+class _Index(NamedTuple):
+    documents: int
+    tokens: int
+    bin_bytes: int
+
+
+_MAGIC = b"MMIDIDX\x00\x00"
+_HEADER = struct.Struct("<9sQBQQ")  # magic, version, token type, sequences, document bounds
+_TOKEN_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 8: 2}  # megatron-core's codes of integer types
+
+
+def _read_index(path: Path) -> _Index:
+    """What an ``.idx`` file says of its ``.bin``, from its header and last entries alone.
+
+    megatron-core's own reader is not used: it imports torch, maps both files, fails on a
+    truncated index by a bare assertion or numpy's "buffer is smaller than requested size",
+    and on a truncated ``.bin`` only in the middle of training.
+    """
+    with path.open("rb") as file:
+        header = file.read(_HEADER.size)
+        if len(header) < _HEADER.size or not header.startswith(_MAGIC):
+            raise InputError(f"{path} is not a Megatron index, or lost its first bytes; {AGAIN}")
+        _, version, code, sequences, bounds = _HEADER.unpack(header)
+        if version != 1 or code not in _TOKEN_BYTES:
+            raise InputError(
+                f"{path} is of version {version} with token type {code}, which megatron-core "
+                f"does not write for text; {AGAIN}"
+            )
+        # int32 lengths, int64 byte offsets into .bin, int64 document bounds.
+        lengths_end = _HEADER.size + 4 * sequences
+        offsets_end = lengths_end + 8 * sequences
+        _check_size(path, offsets_end + 8 * bounds, "its header says")
+        if sequences == 0 or bounds < 2:
+            raise InputError(f"{path} holds no documents; give the domain text and {AGAIN}")
+        (length,) = _read_at(file, lengths_end - 4, "<i")
+        (offset,) = _read_at(file, offsets_end - 8, "<q")
+        (last_bound,) = _read_at(file, offsets_end + 8 * (bounds - 1), "<q")
+    token_bytes = _TOKEN_BYTES[code]
+    bin_bytes = offset + length * token_bytes
+    if last_bound != sequences or length < 0 or offset < 0 or offset % token_bytes:
+        raise InputError(f"{path} contradicts itself; {AGAIN}")
+    return _Index(documents=bounds - 1, tokens=bin_bytes // token_bytes, bin_bytes=bin_bytes)
+
+
+def _read_at(file: Any, position: int, form: str) -> tuple[int, ...]:
+    file.seek(position)
+    return struct.unpack(form, file.read(struct.calcsize(form)))
+
+
+def _check_size(path: Path, expected: int, authority: str) -> None:
+    excess = path.stat().st_size - expected
+    if excess:
+        word = "longer" if excess > 0 else "shorter"
+        raise InputError(f"{path} is {abs(excess)} bytes {word} than {authority}; {AGAIN}")

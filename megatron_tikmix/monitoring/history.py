@@ -1,0 +1,145 @@
+"""A run as arrays: what its files say, put side by side for pictures and tables.
+
+Letters: K stages of the mixture, D domains.
+"""
+
+import math
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from megatron_tikmix.monitoring.decision import Array, Influence
+from megatron_tikmix.monitoring.run_files import Row, RunFiles
+
+
+class RunHistory:
+    """Everything the report shows, derived from the run's files; valid at any moment of the run.
+
+    Domains come in the order of their last weight, the largest first, wherever they are listed.
+    """
+
+    def __init__(self, files: RunFiles) -> None:
+        self.config = files.config
+        self.metrics = files.metrics
+        self.stages = files.ledger
+        last = self.stages[-1]["weights"] if self.stages else {}
+        names = dict.fromkeys(name for row in self.stages for name in row["weights"])
+        self.domains: list[str] = sorted(names, key=lambda name: -last.get(name, 0.0))
+        self.weights_KD = self._per_domain("weights")
+
+    def setting(self, *path: str) -> Any:
+        """A value of the configuration, or None."""
+        value: Any = self.config
+        for key in path:
+            value = value.get(key) if isinstance(value, dict) else None
+        return value
+
+    def _per_domain(self, field: str) -> Array:
+        named = [row.get(field) or {} for row in self.stages]
+        rows = [[values.get(name, 0.0) for name in self.domains] for values in named]
+        return np.array(rows, dtype=np.float64).reshape(len(self.stages), len(self.domains))
+
+    @property
+    def iteration(self) -> int:
+        """The last iteration anything is known of."""
+        logged = self.metrics[-1]["iteration"] if self.metrics else 0
+        return max(logged, self.stages[-1]["start_iteration"] if self.stages else 0)
+
+    @property
+    def samples(self) -> int:
+        """Samples trained on so far."""
+        logged = self.metrics[-1].get("consumed_samples", 0) if self.metrics else 0
+        return max(logged, self.stages[-1]["start_sample"] if self.stages else 0)
+
+    @property
+    def sequence_length(self) -> int | None:
+        """Tokens a sample."""
+        return self.setting("data", "sequence_length")
+
+    @property
+    def edges(self) -> list[int]:
+        """The K + 1 iterations between which the stages lie; the last one may still be growing."""
+        starts = [row["start_iteration"] for row in self.stages]
+        return [*starts, self.iteration] if starts else []
+
+    @cached_property
+    def samples_KD(self) -> Array:
+        """Samples of each domain drawn within each stage.
+
+        The ledger counts them at every boundary; since the last one, they are the stage's weights
+        times its samples, which the blending follows to within a sample.
+        """
+        if not self.stages:
+            return np.zeros((0, 0))
+        before_KD = self._per_domain("domain_samples")
+        open_stage = self.weights_KD[-1] * (self.samples - self.stages[-1]["start_sample"])
+        return np.vstack([np.diff(before_KD, axis=0), open_stage])
+
+    @cached_property
+    def realised_KD(self) -> Array:
+        """Each domain's share of the samples drawn within a stage; NaN while the stage is open."""
+        share_KD = self.samples_KD / np.maximum(self.samples_KD.sum(axis=1, keepdims=True), 1)
+        share_KD[-1:] = np.nan
+        return share_KD
+
+    @cached_property
+    def epochs_KD(self) -> Array:
+        """Passes over each domain within each stage; NaN for a domain never drawn before the last.
+
+        The ledger gives epochs and samples at the last boundary: their ratio is the domain's size.
+        """
+        samples_D = self._per_domain("domain_samples")[-1:].sum(axis=0)
+        epochs_D = self._per_domain("domain_epochs")[-1:].sum(axis=0)
+        epochs_per_sample_D = np.full(len(self.domains), np.nan)
+        np.divide(epochs_D, samples_D, out=epochs_per_sample_D, where=samples_D > 0)
+        return self.samples_KD * epochs_per_sample_D
+
+    @cached_property
+    def measured(self) -> list[tuple[Row, Influence]]:
+        """The stages whose boundary measured an influence matrix, with that matrix."""
+        found = [(row, Influence.of(row, self.domains)) for row in self.stages]
+        return [(row, influence) for row, influence in found if influence is not None]
+
+    @cached_property
+    def task_losses(self) -> dict[int, dict[str, float]]:
+        """Loss of each task at every iteration where an evaluation took place."""
+        losses = {row["start_iteration"]: row.get("task_loss") or {} for row in self.stages}
+        losses |= {row["iteration"]: row["task_loss"] for row in self.metrics if "task_loss" in row}
+        return {iteration: losses[iteration] for iteration in sorted(losses) if losses[iteration]}
+
+    @cached_property
+    def mean_task_loss(self) -> dict[int, float]:
+        """Mean over tasks of `task_losses`; NaN where one of them was not finite."""
+        return {
+            iteration: math.nan if None in losses.values() else sum(losses.values()) / len(losses)
+            for iteration, losses in self.task_losses.items()
+        }
+
+    @property
+    def probe_token_share(self) -> float | None:
+        """Tokens the probes processed, of those that training and probes processed."""
+        if self.sequence_length is None:
+            return None
+        probe = sum(row.get("probe_tokens") or 0 for row in self.stages)
+        return _share(probe, self.samples * self.sequence_length)
+
+    @property
+    def probe_time_share(self) -> float | None:
+        """Seconds the probes took, of those that training and probes took.
+
+        Training time is what the logged throughput says: evaluation and checkpoints are left out.
+        """
+        if self.sequence_length is None:
+            return None
+        training, before = 0.0, 0
+        for row in self.metrics:
+            if row.get("tokens_per_second"):
+                tokens = (row["consumed_samples"] - before) * self.sequence_length
+                training += tokens / row["tokens_per_second"]
+            before = row["consumed_samples"]
+        return _share(sum(row.get("probe_seconds") or 0.0 for row in self.stages), training)
+
+
+def _share(part: float, rest: float) -> float | None:
+    return part / (part + rest) if part + rest > 0 else None

@@ -1,0 +1,157 @@
+"""What a run says on the terminal. All of it is printed here, by rank 0, on standard error.
+
+On a terminal: a progress bar, with tables above it. In a log file: one line a logged step, as
+Megatron-LM does, and tables of at most 100 columns.
+"""
+
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+
+from megatron_tikmix.monitoring.boundary_table import boundary_table
+from megatron_tikmix.monitoring.decision import decision_in_words
+from megatron_tikmix.monitoring.formatting import clean, count, duration, number, percent
+
+LOG_COLUMNS = 100
+MOST_TASKS = 6
+"""Tasks that are listed one by one; of more, the mean is told."""
+
+
+class Terminal:
+    """The voice of a run. `quiet` makes a mute one, for the ranks that do not speak."""
+
+    def __init__(
+        self,
+        total_iterations: int,
+        *,
+        start_iteration: int = 0,
+        quiet: bool = False,
+        console: Console | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._total, self._start = total_iterations, start_iteration
+        self._clock, self._began = clock, clock()
+        self._console = console or _standard_error(quiet)
+        self._phase = ""
+        self._bar: Progress | None = None
+        if self._console.is_terminal and not self._console.quiet:
+            self._bar = Progress(
+                TextColumn("iteration {task.completed:.0f}/{task.total:.0f}"),
+                BarColumn(bar_width=None),
+                TextColumn("{task.fields[figures]}", markup=False),
+                TextColumn("{task.description}", markup=False),
+                console=self._console,
+                refresh_per_second=4,
+                expand=True,
+            )
+            self._task = self._bar.add_task(
+                "", total=total_iterations, completed=start_iteration, figures=""
+            )
+            self._bar.start()
+
+    def __enter__(self) -> "Terminal":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Take the bar down; what comes after prints normally."""
+        if self._bar is not None:
+            self._bar.stop()
+
+    def step(self, row: Mapping[str, Any]) -> None:
+        """A logged step: a row of `metrics.jsonl`."""
+        iteration, left = row["iteration"], duration(self._seconds_left(row["iteration"]))
+        loss, speed = number(row.get("lm_loss"), 4), row.get("tokens_per_second")
+        if self._bar is not None:
+            figures = f"loss {loss} · {count(speed)} tokens/s · {left} left"
+            self._bar.update(self._task, completed=iteration, figures=figures, description="")
+            return
+        self._say(
+            f" iteration {iteration}/{self._total} | consumed samples {row['consumed_samples']}"
+            f" | lm loss {loss} | learning rate {row['learning_rate']:.1e}"
+            f" | grad norm {number(row.get('grad_norm'), 2)} | tokens/s {number(speed, 0)}"
+            f" | time left {left}",
+            whole_line=True,
+        )
+
+    def status(self, text: str) -> None:
+        """What is going on between steps: "probe: 3/48 sub-batches". A log gets each phase once."""
+        phase = text.partition(":")[0]
+        if self._bar is not None:
+            self._bar.update(self._task, description=clean(text))
+        elif phase and phase != self._phase:
+            self._say(f" {text}")
+        self._phase = phase
+
+    def boundary(
+        self,
+        former_row: Mapping[str, Any] | None,
+        row: Mapping[str, Any],
+        domain_tokens: Mapping[str, float],
+    ) -> None:
+        """A new stage: what moved, on what evidence, and why, from its row of the ledger."""
+        self._say("")
+        for part in boundary_table(former_row, row, domain_tokens, self._console.width, MOST_TASKS):
+            self._console.print(part)
+        self._say(decision_in_words(None, row))  # the moves are in the table
+        self._say("")
+
+    def evaluation(self, iteration: int, task_loss: Mapping[str, float | None]) -> None:
+        """Losses on held-out items."""
+        known = [loss for loss in task_loss.values() if loss is not None]
+        mean = number(sum(known) / len(known) if known else None, 4)
+        parts = [f" task loss at iteration {iteration}", f"mean over {len(task_loss)} tasks {mean}"]
+        if len(task_loss) <= MOST_TASKS:
+            parts += [f"{clean(task)} {number(loss, 4)}" for task, loss in task_loss.items()]
+        self._say(" | ".join(parts))
+
+    def finish(
+        self,
+        run_dir: str | Path,
+        probe_token_share: float | None = None,
+        probe_time_share: float | None = None,
+    ) -> None:
+        """Where everything is, and what the measuring cost."""
+        self.close()
+        run_dir = Path(run_dir)
+        lines = [f"Done: {self._total} iterations in {duration(self._clock() - self._began)}."]
+        if probe_token_share is not None:
+            time_share = f", {percent(probe_time_share)} of the time" if probe_time_share else ""
+            share = percent(probe_token_share)
+            lines.append(f"The probe took {share} of all tokens processed{time_share}.")
+        lines += [
+            f"  the report    {run_dir / 'report.html'}",
+            f"  the mixture   {run_dir / 'mixture.jsonl'}",
+            f"  the metrics   {run_dir / 'metrics.jsonl'}",
+            f"  checkpoints   {run_dir / 'checkpoints'}",
+            f"  curves        tensorboard --logdir {run_dir / 'tensorboard'}",
+        ]
+        for line in lines:
+            self._say(line, whole_line=True)
+
+    def _say(self, text: str, whole_line: bool = False) -> None:
+        """Print plain text; `whole_line` keeps what is meant to be searched or copied in one."""
+        self._console.print(text, markup=False, highlight=False, emoji=False, soft_wrap=whole_line)
+
+    def _seconds_left(self, iteration: int) -> float | None:
+        done = iteration - self._start
+        elapsed = self._clock() - self._began  # boundaries included: they will come again
+        return elapsed / done * (self._total - iteration) if done > 0 else None
+
+
+def _standard_error(quiet: bool) -> Console:
+    width = None if sys.stderr.isatty() else LOG_COLUMNS
+    return Console(stderr=True, width=width, quiet=quiet)

@@ -1,0 +1,47 @@
+"""The few collectives of our own. Every rank of the group must call each of them."""
+
+import hashlib
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from megatron_tikmix.errors import InputError
+from megatron_tikmix.parallel.initialize import Parallel
+
+
+def sum_over_ranks(values: torch.Tensor, parallel: Parallel) -> torch.Tensor:
+    """The sum of `values` (any shape) over all ranks, in float64 on the CPU."""
+    total = values.detach().to("cpu", torch.float64, copy=True)
+    dist.all_reduce(total, group=parallel.cpu_group)
+    return total
+
+
+def broadcast_integers(values: np.ndarray, parallel: Parallel) -> np.ndarray:
+    """Rank 0's int64 `values`, on every rank; the others pass an array of the same shape."""
+    tensor = torch.from_numpy(values.astype(np.int64))
+    dist.broadcast(tensor, src=0, group=parallel.cpu_group)
+    return tensor.numpy()
+
+
+def agree_on_input(error: InputError | None, parallel: Parallel) -> None:
+    """Raise the first rank's input error on every rank, if any rank has one."""
+    found: list[str | None] = [None] * parallel.world_size
+    dist.all_gather_object(found, None if error is None else str(error), group=parallel.cpu_group)
+    for message in found:
+        if message is not None:
+            raise InputError(message)
+
+
+def check_same_on_all_ranks(digest: str, what: str, parallel: Parallel) -> None:
+    """Stop the job if ranks hold different `what`, given a digest of it.
+
+    Raises:
+        RuntimeError: names the ranks that differ from rank 0.
+    """
+    mine = int.from_bytes(hashlib.sha256(digest.encode()).digest()[:8], "big", signed=True)
+    digests = [torch.zeros(1, dtype=torch.int64) for _ in range(parallel.world_size)]
+    dist.all_gather(digests, torch.tensor([mine]), group=parallel.cpu_group)
+    different = [rank for rank, value in enumerate(digests) if value != digests[0]]
+    if different:
+        raise RuntimeError(f"{what} differs between rank 0 and ranks {different}; stopping")

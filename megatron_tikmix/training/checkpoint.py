@@ -1,0 +1,186 @@
+"""Checkpoints: megatron-core's dist_checkpointing, and the mixture's schedule beside it.
+
+::
+
+    checkpoints/
+      latest_checkpointed_iteration.txt   replaced last, once everything else is on disk
+      iter_0000080/                       megatron-core's shards, and
+        tikmix.json                       iteration, consumed_samples, schedule, ledger
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing, tensor_parallel
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.utils import unwrap_model
+
+from megatron_tikmix.errors import InputError
+from megatron_tikmix.mixing import MixtureSchedule
+from megatron_tikmix.parallel.collectives import check_same_on_all_ranks
+from megatron_tikmix.parallel.initialize import Parallel
+from megatron_tikmix.training.optimizer_state import mend_torch_adam, unshare_steps
+from megatron_tikmix.training.state import TrainState
+
+_LATEST = "latest_checkpointed_iteration.txt"
+_STATE = "tikmix.json"
+# Loads at any tensor, pipeline and data-parallel size.
+_SHARDING = {"distrib_optim_sharding_type": "fully_reshardable"}
+
+
+class Checkpointer:
+    """Saves a run under one folder, and finds the newest checkpoint there. Collective.
+
+    Args:
+        fingerprint: what must not differ between saving and resuming, by configuration field.
+        keep: how many checkpoints to keep.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        model: list[DistributedDataParallel],
+        optimizer: MegatronOptimizer,
+        scheduler: OptimizerParamScheduler,
+        parallel: Parallel,
+        *,
+        fingerprint: dict[str, Any],
+        keep: int,
+    ) -> None:
+        self._folder = folder
+        self._model = unwrap_model(model)
+        self._optimizer = optimizer
+        self._scheduler = scheduler
+        self._parallel = parallel
+        self._fingerprint = fingerprint
+        self._keep = keep
+
+    def save(self, state: TrainState) -> Path:
+        """Write a checkpoint; only when it is complete does it become the latest."""
+        path = self._path(state.iteration)
+        if self._parallel.is_main:
+            shutil.rmtree(path, ignore_errors=True)  # what a killed save left
+            path.mkdir(parents=True)
+        dist.barrier(group=self._parallel.cpu_group)
+        dist_checkpointing.save(self._sharded_state(is_loading=False), str(path))
+        if self._parallel.is_main:
+            record = {
+                "iteration": state.iteration,
+                "consumed_samples": state.consumed_samples,
+                "skipped_iterations": state.skipped_iterations,
+                "layout": self._layout(),
+                "fingerprint": self._fingerprint,
+                "schedule": state.schedule.to_json(),
+                "ledger": state.ledger,
+            }
+            _write(path / _STATE, json.dumps(record))
+            _write(self._folder / _LATEST, f"{state.iteration}\n")
+            for old in self._complete()[: -self._keep]:
+                shutil.rmtree(old)
+        dist.barrier(group=self._parallel.cpu_group)
+        return path
+
+    def load_latest(self, state: TrainState) -> bool:
+        """Bring the newest checkpoint's contents into the run; False when there is none.
+
+        Parameters, optimizer and schedule are filled in place, `state` too.
+
+        Raises:
+            InputError: the run's data or seed is not the checkpoint's.
+        """
+        latest = self._folder / _LATEST
+        if not latest.is_file():
+            return False
+        path = self._path(int(latest.read_text()))
+        record = json.loads((path / _STATE).read_text())
+        for field, value in record["fingerprint"].items():
+            if self._fingerprint.get(field) != value:
+                raise InputError(
+                    f"{path}: was saved with {field} {value}, and the run has "
+                    f"{self._fingerprint.get(field)}; resume with the same, or use another run_dir"
+                )
+        mend_torch_adam(self._optimizer)
+        sharded = self._sharded_state(is_loading=True)
+        same_layout = record["layout"] == self._layout()
+        if not same_layout:  # random streams belong to ranks; other ranks start their own
+            del sharded["rng_state"]
+        loaded = dist_checkpointing.load(sharded, str(path))
+        for index, chunk in enumerate(self._model):
+            chunk.load_state_dict(loaded[f"model{index}"])
+        self._optimizer.load_state_dict(loaded["optimizer"])
+        unshare_steps(self._optimizer)
+        self._scheduler.load_state_dict(loaded["scheduler"])
+        if same_layout:
+            _set_rng_state(loaded["rng_state"])
+        state.iteration = record["iteration"]
+        state.consumed_samples = record["consumed_samples"]
+        state.skipped_iterations = record["skipped_iterations"]
+        state.schedule = MixtureSchedule.from_json(record["schedule"])
+        state.ledger = record["ledger"]
+        check_same_on_all_ranks(state.schedule.digest(), "the mixture schedule", self._parallel)
+        return True
+
+    def _path(self, iteration: int) -> Path:
+        return self._folder / f"iter_{iteration:07d}"
+
+    def _complete(self) -> list[Path]:
+        return sorted(path.parent for path in self._folder.glob(f"iter_*/{_STATE}"))
+
+    def _layout(self) -> list[int]:
+        groups = self._parallel.groups
+        return [groups.tp.size(), groups.pp.size(), groups.dp.size(), len(self._model)]
+
+    def _sharded_state(self, *, is_loading: bool) -> dict[str, Any]:
+        metadata = {**_SHARDING, "dp_cp_group": self._parallel.groups.dp_cp}
+        state: dict[str, Any] = {
+            f"model{index}": chunk.sharded_state_dict(metadata=metadata)
+            for index, chunk in enumerate(self._model)
+        }
+        # Model chunks of one rank share parameter names, which global keys tell apart.
+        state["optimizer"] = self._optimizer.sharded_state_dict(
+            dict(state), is_loading=is_loading, metadata=metadata
+        )
+        state["scheduler"] = self._scheduler.state_dict()
+        groups = self._parallel.groups
+        state["rng_state"] = ShardedObject(
+            "rng_state",
+            _rng_state(),
+            (groups.pp.size(), groups.tp.size(), groups.dp.size()),
+            (groups.pp.rank(), groups.tp.rank(), groups.dp.rank()),
+        )
+        return state
+
+
+def _rng_state() -> dict[str, Any]:
+    state = {
+        "cpu": torch.get_rng_state(),
+        "tracker": tensor_parallel.get_cuda_rng_tracker().get_states(),
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def _set_rng_state(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["cpu"])
+    tensor_parallel.get_cuda_rng_tracker().set_states(state["tracker"])
+    if "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def _write(path: Path, text: str) -> None:
+    """Write a file whole or not at all, and onto the disk."""
+    unfinished = path.with_name(f"{path.name}.tmp")
+    with unfinished.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(unfinished, path)

@@ -1,0 +1,207 @@
+"""The training loop: intervals, and a boundary between each two."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from megatron_tikmix.config import RunConfig
+from megatron_tikmix.data.domain_stream import DomainStream
+from megatron_tikmix.data.loader import DataParallelLoader
+from megatron_tikmix.data.tasks import Task
+from megatron_tikmix.mixing import Mixture
+from megatron_tikmix.parallel.collectives import check_same_on_all_ranks, sum_over_ranks
+from megatron_tikmix.parallel.initialize import Parallel
+from megatron_tikmix.training.checkpoint import Checkpointer
+from megatron_tikmix.training.evaluate import evaluate
+from megatron_tikmix.training.record import Recorder
+from megatron_tikmix.training.remix import Decision, Remixer
+from megatron_tikmix.training.state import TrainState
+from megatron_tikmix.training.step import ForwardBackward, LossSums, StepResult, train_step
+
+
+@dataclass
+class Run:
+    """Everything a run is made of, as :func:`megatron_tikmix.pretrain.build` puts it together."""
+
+    config: RunConfig
+    parallel: Parallel
+    state: TrainState
+    forward_backward: ForwardBackward
+    optimizer: Any
+    scheduler: Any
+    streams: list[DomainStream]
+    loader: DataParallelLoader
+    tasks: list[Task]
+    remixer: Remixer | None
+    checkpointer: Checkpointer
+    recorder: Recorder
+
+    @property
+    def domains(self) -> list[str]:
+        return list(self.state.schedule.domains)
+
+    def interval_end(self) -> int:
+        """The iteration at which the interval being trained ends."""
+        length = self.config.interval_iters or self.config.train.train_iters
+        return min((self.state.iteration // length + 1) * length, self.config.train.train_iters)
+
+
+def train(run: Run) -> None:
+    """Train to the end, resetting the mixture at every boundary. Collective."""
+    state = run.state
+    if not state.ledger:
+        open_stage(run, None, measure(run))
+        run.recorder.stage(state.ledger)
+    while not state.done:
+        row = train_interval(run, until=run.interval_end())
+        task_loss = measure(run)
+        run.recorder.step({**row, "task_loss": task_loss}, realised_mixture(run))
+        if not state.done:
+            prior = state.schedule.mixture(-1)
+            decision = run.remixer.remix(len(state.ledger), prior) if run.remixer else None
+            state.schedule.append(state.consumed_samples, decision.mixture if decision else prior)
+            check_same_on_all_ranks(state.schedule.digest(), "the mixture schedule", run.parallel)
+            open_stage(run, decision, task_loss)
+            run.recorder.stage(state.ledger)
+        run.checkpointer.save(state)
+
+
+def train_interval(run: Run, until: int) -> dict[str, Any]:
+    """Optimizer steps up to iteration `until`, under one mixture; the last row, not yet recorded."""
+    config, state = run.config.train, run.state
+    per_pass = config.micro_batch_size * run.parallel.data_parallel_size
+    batches = run.loader.interval(
+        state.consumed_samples, (until - state.iteration) * config.global_batch_size
+    )
+    meter = LossMeter(run.domains, run.parallel)
+    while True:
+        result = train_step(
+            run.forward_backward,
+            batches,
+            config.global_batch_size // per_pass,
+            run.optimizer,
+            run.scheduler,
+            config.global_batch_size,
+        )
+        state.advance(config.global_batch_size, skipped=result.skipped)
+        meter.add(result.loss_sums)
+        if state.iteration == until:
+            return metrics_row(state, result, meter)
+        if state.iteration % config.log_interval == 0:
+            run.recorder.step(metrics_row(state, result, meter), realised_mixture(run))
+        every = run.config.checkpoint.save_interval
+        if every and state.iteration % every == 0:
+            run.checkpointer.save(state)
+
+
+def metrics_row(state: TrainState, result: StepResult, meter: "LossMeter") -> dict[str, Any]:
+    """A row of metrics.jsonl. Collective."""
+    lm_loss, domain_loss, tokens_per_second = meter.collect()
+    return {
+        "iteration": state.iteration,
+        "consumed_samples": state.consumed_samples,
+        "lm_loss": lm_loss,
+        "learning_rate": result.learning_rate,
+        "grad_norm": result.grad_norm,
+        "tokens_per_second": tokens_per_second,
+        "skipped_iterations": state.skipped_iterations,
+        "domain_loss": domain_loss,
+    }
+
+
+def measure(run: Run) -> dict[str, float]:
+    """Validation loss of every task, on items that do not decide."""
+    task_loss = evaluate(run.forward_backward, run.tasks, run.config.evaluate.task_samples)
+    run.recorder.evaluation(run.state.iteration, task_loss)
+    return task_loss
+
+
+def realised_mixture(run: Run) -> dict[str, float]:
+    """The share of each domain among the samples of the stage so far."""
+    schedule = run.state.schedule
+    start = schedule.stages[-1]
+    counts_D = schedule.domain_counts(run.state.consumed_samples) - start.start_counts
+    total = max(int(counts_D.sum()), 1)
+    return {name: int(count) / total for name, count in zip(run.domains, counts_D, strict=True)}
+
+
+def open_stage(run: Run, decision: Decision | None, task_loss: dict[str, float]) -> None:
+    """Record the stage that begins here: the ledger's next line."""
+    state = run.state
+    stage = state.schedule.stages[-1]
+    mixture: Mixture = state.schedule.mixture(-1)
+    samples = dict(zip(run.domains, stage.start_counts.tolist(), strict=True))
+    row: dict[str, Any] = {
+        "stage": len(state.ledger),
+        "start_iteration": state.iteration,
+        "start_sample": state.consumed_samples,
+        "source": "initial" if not state.ledger else "kept",
+        "reason": "the initial mixture" if not state.ledger else "remix.policy is static",
+        "weights": mixture.to_json(),
+        "effective_domains": mixture.effective_domains,
+        "influence": None,
+        "influence_se": None,
+        "task_loss": task_loss,
+        "domain_samples": samples,
+        "domain_epochs": {
+            stream.name: samples[stream.name] / stream.samples_per_epoch for stream in run.streams
+        },
+        "curvature": None,
+        "total_variation": None,
+        "total_variation_noise": None,
+        "probe_tokens": 0,
+        "probe_seconds": 0.0,
+        "solution": None,
+    }
+    if state.ledger:
+        former = Mixture(state.ledger[-1]["weights"])
+        row["total_variation"] = mixture.total_variation(former)
+    if decision is not None:
+        influence = decision.influence.to_json() if decision.influence else {}
+        row |= {
+            "source": decision.source,
+            "reason": decision.reason,
+            "influence": influence.get("values"),
+            "influence_se": influence.get("standard_error"),
+            "curvature": run.config.probe.curvature,
+            "total_variation_noise": decision.total_variation_noise,
+            "probe_tokens": decision.probe_tokens,
+            "probe_seconds": decision.probe_seconds,
+            "solution": decision.solution.to_json() if decision.solution else None,
+        }
+    state.ledger.append(row)
+
+
+class LossMeter:
+    """Training loss since it was last asked, overall and by domain."""
+
+    def __init__(self, domains: Sequence[str], parallel: Parallel) -> None:
+        self._domains = domains
+        self._parallel = parallel
+        self._sums_D2 = torch.zeros(len(domains), 2, dtype=torch.float64)
+        self._started = time.perf_counter()
+
+    def add(self, sums: LossSums) -> None:
+        """Count a step's micro-batches (see :func:`~megatron_tikmix.training.step.loss_sums`)."""
+        if not self._parallel.reports_loss:
+            return
+        for rows in sums:
+            values = torch.stack([rows["loss"], rows["tokens"]], dim=1).double().cpu()
+            self._sums_D2.index_add_(0, rows["domain"].cpu(), values)
+
+    def collect(self) -> tuple[float, dict[str, float], float]:
+        """Mean loss, mean loss of each domain seen, and tokens/s. Collective; starts anew."""
+        loss_D, tokens_D = sum_over_ranks(self._sums_D2, self._parallel).unbind(dim=1)
+        seconds = time.perf_counter() - self._started
+        self._sums_D2.zero_()
+        self._started = time.perf_counter()
+        by_domain = {
+            name: (loss / tokens).item()
+            for name, loss, tokens in zip(self._domains, loss_D, tokens_D, strict=True)
+            if tokens > 0
+        }
+        tokens = tokens_D.sum().item()
+        return loss_D.sum().item() / max(tokens, 1.0), by_domain, tokens / seconds

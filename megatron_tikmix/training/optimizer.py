@@ -1,0 +1,39 @@
+"""megatron-core's optimizer and learning-rate schedule."""
+
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from megatron_tikmix.config import RunConfig
+from megatron_tikmix.parallel.initialize import Parallel
+
+
+def build_optimizer(
+    config: RunConfig, model: list[DistributedDataParallel], parallel: Parallel
+) -> MegatronOptimizer:
+    """The distributed optimizer over all model chunks."""
+    return get_megatron_optimizer(
+        config.optimizer, model, use_gloo_process_groups=False, pg_collection=parallel.groups
+    )
+
+
+def build_scheduler(config: RunConfig, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:
+    """Learning-rate and weight-decay schedule, counted in samples as in Megatron."""
+    batch, schedule = config.train.global_batch_size, config.scheduler
+    decay_iters = schedule.lr_decay_iters or config.train.train_iters
+    weight_decay = config.optimizer.weight_decay
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=config.optimizer.lr,
+        min_lr=config.optimizer.min_lr,
+        lr_warmup_steps=schedule.lr_warmup_iters * batch,
+        lr_decay_steps=decay_iters * batch,
+        lr_decay_style=schedule.lr_decay_style,
+        start_wd=weight_decay,
+        end_wd=weight_decay,
+        wd_incr_steps=decay_iters * batch,
+        wd_incr_style="constant",
+        wsd_decay_steps=(schedule.lr_wsd_decay_iters or 0) * batch,
+        lr_wsd_decay_style="exponential",
+    )

@@ -1,0 +1,112 @@
+"""What a run writes down: files, TensorBoard and terminal, all by the main rank."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron_tikmix.config import RunConfig
+from megatron_tikmix.monitoring.report import write_report
+from megatron_tikmix.monitoring.run_files import append_jsonl, read_jsonl
+from megatron_tikmix.monitoring.tensorboard import TensorBoardWriter
+from megatron_tikmix.monitoring.terminal import Terminal
+from megatron_tikmix.parallel.initialize import Parallel
+from megatron_tikmix.training.state import TrainState
+
+Row = dict[str, Any]
+
+
+class Recorder:
+    """Every rank has one and calls it alike; on all but the main rank it does nothing."""
+
+    def __init__(self, config: RunConfig, resolved: str, parallel: Parallel) -> None:
+        self._config = config
+        self._resolved = resolved
+        self._main = parallel.is_main
+        self._folder = Path(config.run_dir)
+        self._terminal: Terminal
+        self._tensorboard: TensorBoardWriter | None = None
+
+    def begin(self, plan: str, state: TrainState) -> None:
+        """Open the files, brought back to where the run (re)starts, and tell the plan."""
+        iterations = self._config.train.train_iters
+        self._terminal = Terminal(
+            iterations, start_iteration=state.iteration, quiet=not self._main
+        )
+        if not self._main:
+            return
+        self._folder.mkdir(parents=True, exist_ok=True)
+        _replace(self._folder / "config.yaml", self._resolved)
+        dropped = self._reconcile(state)
+        self._tensorboard = TensorBoardWriter(
+            self._folder / "tensorboard",
+            purge_step=state.iteration + 1 if state.iteration else None,
+        )
+        self._terminal.say(plan)
+        if state.iteration:
+            self._terminal.say(
+                f"resumed       at iteration {state.iteration} from the newest checkpoint"
+                + (f"; {dropped} rows written after it are dropped" if dropped else "")
+            )
+
+    def step(self, row: Row, realised: Mapping[str, float]) -> None:
+        """A row of metrics.jsonl, and each domain's share of the stage's samples so far."""
+        if self._tensorboard is not None:
+            append_jsonl(self._folder / "metrics.jsonl", row)
+            self._tensorboard.step(row, realised)
+            self._terminal.step(row)
+
+    def evaluation(self, iteration: int, task_loss: Mapping[str, float]) -> None:
+        """Losses on items that do not decide."""
+        if self._main:
+            self._terminal.evaluation(iteration, task_loss)
+
+    def probing(self, done: int, total: int) -> None:
+        """Progress of a probe."""
+        if self._main:
+            self._terminal.status(f"probe: {done}/{total} passes" if done < total else "solving")
+
+    def stage(self, ledger: list[Row]) -> None:
+        """The ledger's last row, which has just been added."""
+        if self._tensorboard is None:
+            return
+        row, former = ledger[-1], ledger[-2] if len(ledger) > 1 else None
+        append_jsonl(self._folder / "mixture.jsonl", row)
+        self._tensorboard.stage(row, former)
+        if former is not None:
+            length = self._config.data.sequence_length
+            tokens = {name: count * length for name, count in row["domain_samples"].items()}
+            self._terminal.boundary(former, row, tokens)
+
+    def finish(self, state: TrainState) -> None:
+        """Write the report, and say where everything is and what the probes cost."""
+        if not self._main:
+            return
+        self.close()
+        write_report(self._folder)
+        trained = state.consumed_samples * self._config.data.sequence_length
+        probed = sum(row["probe_tokens"] for row in state.ledger)
+        self._terminal.finish(self._folder, probe_token_share=probed / (probed + trained))
+
+    def close(self) -> None:
+        """Leave the terminal and the event file whole, also after an error."""
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        self._terminal.close()
+
+    def _reconcile(self, state: TrainState) -> int:
+        """Bring the files back to the checkpoint; the number of rows that were beyond it."""
+        metrics, ledger = self._folder / "metrics.jsonl", self._folder / "mixture.jsonl"
+        rows = read_jsonl(metrics)
+        kept = [row for row in rows if row["iteration"] <= state.iteration]
+        beyond = len(rows) - len(kept) + max(0, len(read_jsonl(ledger)) - len(state.ledger))
+        for path, content in ((metrics, kept), (ledger, state.ledger)):
+            _replace(path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in content))
+        return beyond
+
+
+def _replace(path: Path, text: str) -> None:
+    unfinished = path.with_name(f"{path.name}.tmp")
+    unfinished.write_text(text, encoding="utf-8")
+    os.replace(unfinished, path)

@@ -1,0 +1,34 @@
+"""Where a run is: the only thing, besides the parameters, that a checkpoint must carry."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from megatron_tikmix.mixing import MixtureSchedule
+
+
+@dataclass
+class TrainState:
+    """Progress of a run.
+
+    Attributes:
+        schedule: the mixture's stages so far; with the seed it fixes the order of samples.
+        ledger: one record a stage, as in mixture.jsonl; kept by the main rank.
+        skipped_iterations: steps whose gradient was not finite, and not applied.
+    """
+
+    train_iters: int
+    schedule: MixtureSchedule
+    iteration: int = 0
+    consumed_samples: int = 0
+    skipped_iterations: int = 0
+    ledger: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def done(self) -> bool:
+        return self.iteration >= self.train_iters
+
+    def advance(self, samples: int, *, skipped: bool) -> None:
+        """Count one iteration that consumed `samples`."""
+        self.iteration += 1
+        self.consumed_samples += samples
+        self.skipped_iterations += skipped

@@ -1,0 +1,145 @@
+"""One forward-backward pass over micro-batches, and one optimizer step."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from megatron_tikmix.data.samples import Sample
+from megatron_tikmix.parallel.initialize import Parallel
+
+LossSums = list[dict[str, torch.Tensor]]
+"""What the schedule returns: one dict of a micro-batch, on the last pipeline stage only."""
+
+
+def forward_step(
+    data_iterator: Iterator[Sample], model: torch.nn.Module
+) -> tuple[torch.Tensor, Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, dict]]]:
+    """megatron-core's `forward_step_func`: the model's output, and the function of its loss."""
+    device = next(model.parameters()).device
+    batch = {k: v.to(device, non_blocking=True) for k, v in next(data_iterator).items()}
+    losses = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
+    return losses, partial(loss_sums, batch["loss_mask"], batch.get("domain"))
+
+
+def loss_sums(
+    loss_mask: torch.Tensor, domain: torch.Tensor | None, losses: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    """Summed loss and unmasked tokens of a micro-batch, as megatron-core wants them.
+
+    Sums, not means: megatron-core divides by the tokens of the whole global batch
+    (`calculate_per_token_loss`), so that every token weighs the same however ragged the rows.
+
+    Args:
+        loss_mask: 1 where a token counts, float (micro_batch_size, sequence_length).
+        domain: each row's domain, int64 (micro_batch_size,); None when nobody asks.
+        losses: nats per token, (micro_batch_size, sequence_length).
+    """
+    losses = losses.float() * loss_mask
+    rows = {"loss": losses.detach().sum(dim=1), "tokens": loss_mask.sum(dim=1)}
+    if domain is not None:
+        rows["domain"] = domain
+    return losses.sum(), loss_mask.sum().to(torch.int), rows
+
+
+@dataclass
+class ForwardBackward:
+    """Runs micro-batches through megatron-core's schedule for this layout."""
+
+    model: list[DistributedDataParallel]
+    parallel: Parallel
+    micro_batch_size: int
+    sequence_length: int
+    forward_step_func: Callable[..., Any] = forward_step
+    _schedule: Callable[..., LossSums] = field(init=False)
+
+    def __post_init__(self) -> None:
+        config = self.model[0].config
+        self._schedule = get_forward_backward_func(
+            pp_size=self.parallel.groups.pp.size(),
+            vp_size=config.virtual_pipeline_model_parallel_size,
+        )
+
+    def __call__(
+        self,
+        micro_batches: Iterator[Sample] | list[Sample],
+        num_microbatches: int,
+        *,
+        forward_only: bool = False,
+    ) -> LossSums:
+        """Forward, and unless `forward_only` backward and the reduction of gradients.
+
+        Afterwards each parameter's `main_grad` holds this rank's shard of the mean gradient
+        per unmasked token, over all micro-batches and data-parallel ranks.
+        """
+        # An interleaved schedule reads each chunk's inputs on its own.
+        chunks = len(self.model)
+        if chunks > 1:
+            batches = [next(iter_) for iter_ in [iter(micro_batches)] * num_microbatches]
+            iterator: Any = [iter(batches) for _ in range(chunks)]
+        else:
+            iterator = iter(micro_batches)
+        result: LossSums = self._schedule(
+            forward_step_func=self.forward_step_func,
+            data_iterator=iterator,
+            model=self.model if chunks > 1 else self.model[0],
+            num_microbatches=num_microbatches,
+            seq_length=self.sequence_length,
+            micro_batch_size=self.micro_batch_size,
+            forward_only=forward_only,
+        )
+        return result
+
+
+def connect(model: list[DistributedDataParallel], optimizer: MegatronOptimizer) -> None:
+    """Tell megatron-core's schedule how to finish gradients (the hooks its config holds)."""
+    config = model[0].config
+    config.finalize_model_grads_func = finalize_model_grads
+    config.grad_scale_func = optimizer.scale_loss
+    if model[0].ddp_config.overlap_grad_reduce:
+        no_sync = [chunk.no_sync for chunk in model]
+        config.no_sync_func = no_sync if len(model) > 1 else no_sync[0]
+        if model[0].ddp_config.align_param_gather:
+            starts = [chunk.start_grad_sync for chunk in model]
+            config.grad_sync_func = starts if len(model) > 1 else starts[0]
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step reports; `loss_sums` is empty off the last pipeline stage."""
+
+    loss_sums: LossSums
+    grad_norm: float | None
+    learning_rate: float
+    skipped: bool
+
+
+def zero_gradients(model: list[DistributedDataParallel], optimizer: MegatronOptimizer) -> None:
+    """Empty the gradient buffers before a new accumulation."""
+    for chunk in model:
+        chunk.zero_grad_buffer()
+    optimizer.zero_grad()
+
+
+def train_step(
+    forward_backward: ForwardBackward,
+    micro_batches: Iterator[Sample],
+    num_microbatches: int,
+    optimizer: MegatronOptimizer,
+    scheduler: OptimizerParamScheduler,
+    global_batch_size: int,
+) -> StepResult:
+    """Gradients of one global batch, one optimizer step, one step of the schedule."""
+    zero_gradients(forward_backward.model, optimizer)
+    sums = forward_backward(micro_batches, num_microbatches)
+    learning_rate = optimizer.param_groups[0]["lr"]
+    updated, grad_norm, _ = optimizer.step()
+    if updated:
+        scheduler.step(increment=global_batch_size)
+    return StepResult(sums, grad_norm, learning_rate, skipped=not updated)

@@ -1,0 +1,46 @@
+"""Installs megatron_tikmix; tool settings live in pyproject.toml."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+
+setup(
+    name="megatron_tikmix",
+    version="0.1.0",
+    description="Megatron-Core pretraining whose domain mixture follows the model (TiKMiX)",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["megatron_tikmix", "megatron_tikmix.*"]),
+    package_data={"megatron_tikmix": ["py.typed"]},
+    # One line of reason for each dependency.
+    install_requires=[
+        "torch>=2.6",  # tensors, autograd, process groups
+        "megatron-core>=0.16,<0.20",  # model, parallelism, optimizer, datasets, checkpoints
+        "numpy>=1.26",  # mixing works on plain arrays
+        "scipy>=1.11",  # SLSQP, the solver of TiKMiX-D
+        "lightgbm>=4.3",  # the surrogate of TiKMiX-M
+        "tensorboard>=2.15",  # live curves
+        "plotly>=6.0",  # the pictures of report.html, interactive and offline
+        "rich>=13.7",  # progress bar and tables on the terminal
+        "jsonargparse>=4.40",  # typed YAML and command line from dataclasses
+        "docstring-parser>=0.16",  # lets --help show the docstrings of the configuration
+        "PyYAML>=6.0",  # manifests and configurations
+        "tokenizers>=0.20",  # byte-level BPE
+        "psutil>=5.9",  # megatron-core's checkpoint writer imports it without declaring it
+    ],
+    extras_require={
+        "dev": [
+            "pytest>=8",
+            "pytest-timeout>=2.3",
+            "hypothesis>=6.100",
+            "ruff>=0.6",
+            "mypy>=1.11",
+            "types-PyYAML",
+            "scipy-stubs",
+        ]
+    },
+)
