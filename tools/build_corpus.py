@@ -22,7 +22,6 @@ import html.entities
 import importlib.metadata
 import importlib.util
 import json
-import math
 import os
 import random
 import re
@@ -133,8 +132,8 @@ def unicode_tables() -> Mapping[str, Read]:
 
 
 def noise(seed: int, max_bytes: int) -> Mapping[str, Read]:
-    """Documents of 2 to 6 kB; as many as `max_bytes` can possibly need."""
-    names = (f"noise/{number:06d}" for number in range(math.ceil(max_bytes / 2000)))
+    """Documents of 2 to 6 kB, as many as can be needed however small their part must be."""
+    names = (f"noise/{number:06d}" for number in range(max_bytes // 2000 + 2 * LARGEST_SHARE))
     return {name: partial(_noise, f"{seed} {name}") for name in names}
 
 
@@ -230,10 +229,13 @@ def choose(candidates: Mapping[str, Read], max_bytes: int, seed: int) -> Iterato
         if total >= max_bytes:
             return
         text = without_repeats(candidates[source](), paragraphs)
-        if len(text) >= SHORTEST_TEXT and text not in texts and is_unicode(text):
-            texts.add(text)
-            beginning = next(cut(text, max_bytes // LARGEST_SHARE))
-            document = Document(source, tuple(cut(beginning, PIECE_BYTES)))
+        if len(text) < SHORTEST_TEXT or not is_unicode(text):
+            continue
+        beginning = next(cut(text, max_bytes // LARGEST_SHARE))
+        pieces = dict.fromkeys(piece for piece in cut(beginning, PIECE_BYTES) if piece not in texts)
+        if pieces:
+            texts.update(pieces)
+            document = Document(source, tuple(pieces))
             total += document.bytes
             yield document
 
@@ -384,8 +386,11 @@ def build(arguments: argparse.Namespace) -> None:
     for heading in ("train texts", "bytes", "validation texts", "bytes"):
         table.add_column(heading, justify="right")
     warnings_at_end = []
+    console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    with Progress(
+        *columns, console=console, transient=True, disable=not console.is_terminal
+    ) as progress:
         for name, (recipe, max_bytes) in domains(arguments).items():
             task = progress.add_task(name, total=max_bytes)
             documents = []

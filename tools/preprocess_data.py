@@ -19,6 +19,7 @@ import shutil
 import sys
 import tempfile
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -57,7 +58,7 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Text:
+class Document:
     """A document, and the bytes that its line and its text take."""
 
     text: str
@@ -93,8 +94,8 @@ def find_sources(inputs: Sequence[str]) -> list[Source]:
                 split = check_name(path.stem, f"{path}: split", SPLIT_NAME)
                 found.setdefault((domain, split), []).append(path)
     for (domain, split), files in found.items():
-        for path in files:
-            if files.count(path) > 1:
+        for path, times in Counter(files).items():
+            if times > 1:
                 raise InputError(f"{path} is given twice for {domain}:{split}; give it once")
             if path.stat().st_size == 0:
                 raise InputError(f"{path} is empty; remove it, or write its documents to it")
@@ -122,7 +123,7 @@ def _jsonl_files(folder: Path) -> list[Path]:
     return paths
 
 
-def read_documents(path: Path, field: str) -> Iterator[Text]:
+def read_documents(path: Path, field: str) -> Iterator[Document]:
     """The documents of a JSONL file; blank lines are none.
 
     Raises:
@@ -137,15 +138,18 @@ def read_documents(path: Path, field: str) -> Iterator[Text]:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from error
 
 
-def _document(line: bytes, field: str, where: str) -> Text:
+def _document(line: bytes, field: str, where: str) -> Document:
     try:
-        content = json.loads(line.decode("utf-8"))
+        content = json.loads(line.rstrip(b"\r\n").decode("utf-8"))
     except UnicodeDecodeError as error:
         raise InputError(
             f"{where} invalid UTF-8 at its byte {error.start + 1}; convert the file to UTF-8"
         ) from error
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{where} malformed JSON: {error}; write one object a line") from error
+    except json.JSONDecodeError as error:
+        problem = f"{error.msg.removesuffix(' at')} at its character {error.colno}"
+        raise InputError(f"{where} malformed JSON: {problem}; write one object a line") from error
+    except (ValueError, RecursionError) as error:  # nested too deep, or a number of 5,000 digits
+        raise InputError(f"{where} unreadable JSON: {error}; simplify it") from error
     if not isinstance(content, dict):
         raise InputError(f"{where} not a JSON object; write {{{json.dumps(field)}: ...}}")
     if field not in content:
@@ -158,7 +162,7 @@ def _document(line: bytes, field: str, where: str) -> Text:
         kind = json.dumps(text)[:40]
         raise InputError(f"{where} field {field!r} must be a string, and is {kind}")
     try:
-        return Text(text, len(line), len(text.encode()))
+        return Document(text, len(line), len(text.encode()))
     except UnicodeEncodeError as error:
         raise InputError(
             f"{where} field {field!r} holds half a surrogate pair at character {error.start + 1}, "
@@ -182,24 +186,21 @@ def train_tokenizer(
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    train = [source for source in sources if source.split == "train"]
-    if not train:
-        raise InputError("--train_tokenizer: no domain has a train split; give one with --input")
-    share = max_characters // len(train)
-    samples = [text for source in train for text in _sample(source, field, share)]
-    tokenizer.train_from_iterator(samples, trainer)
+    tokenizer.train_from_iterator(tokenizer_sample(sources, field, max_characters), trainer)
     return tokenizer
 
 
-def _sample(source: Source, field: str, max_characters: int) -> Iterator[str]:
-    """Text of that length in all, an equal part from the beginning of each file."""
-    for path in source.files:
-        room = max_characters // len(source.files)
-        for document in read_documents(path, field):
-            yield document.text[:room]
-            room -= len(document.text)
-            if room <= 0:
-                break
+def tokenizer_sample(sources: Sequence[Source], field: str, max_characters: int) -> Iterator[str]:
+    """An equal share of every domain's train split, from the beginning of each of its files."""
+    train = [source for source in sources if source.split == "train"]
+    for source in train:
+        for path in source.files:
+            room = max_characters // len(train) // len(source.files)
+            for document in read_documents(path, field):
+                yield document.text[:room]
+                room -= len(document.text)
+                if room <= 0:
+                    break
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
@@ -235,9 +236,9 @@ def import_indexed_dataset() -> Any:
     return indexed_dataset
 
 
-def batches(documents: Iterator[Text], max_characters: int) -> Iterator[list[Text]]:
+def batches(documents: Iterator[Document], max_characters: int) -> Iterator[list[Document]]:
     """Consecutive documents, about `max_characters` at a time."""
-    batch: list[Text] = []
+    batch: list[Document] = []
     size = 0
     for document in documents:
         batch.append(document)
@@ -282,7 +283,7 @@ class SplitWriter:
         builder.finalize(f"{prefix}.idx")
         return counts
 
-    def _add(self, batch: list[Text], builder: Any, counts: Counts) -> Counts:
+    def _add(self, batch: list[Document], builder: Any, counts: Counts) -> Counts:
         # In parallel and outside the GIL; the result does not depend on the number of threads.
         encodings = self.tokenizer.encode_batch_fast(
             [document.text for document in batch], add_special_tokens=False
@@ -404,6 +405,8 @@ def check(arguments: argparse.Namespace) -> None:
 def preprocess(arguments: argparse.Namespace) -> None:
     check(arguments)
     sources = find_sources(arguments.input)
+    if arguments.train_tokenizer and all(source.split != "train" for source in sources):
+        raise InputError("--train_tokenizer: no domain has a train split; give one with --input")
     # Read when tokenizers first works in parallel.
     os.environ["RAYON_NUM_THREADS"] = str(arguments.workers)
     tokenizer = make_tokenizer(arguments, sources)
@@ -454,9 +457,12 @@ def write_all(writer: SplitWriter, sources: Sequence[Source], field: str) -> dic
         DownloadColumn(),
         TimeRemainingColumn(),
     )
+    console = Console(stderr=True)
     total = sum(path.stat().st_size for source in sources for path in source.files)
     counts = {}
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    with Progress(
+        *columns, console=console, transient=True, disable=not console.is_terminal
+    ) as progress:
         task = progress.add_task("", total=total)
         for source in sources:
             progress.update(task, description=f"{source.domain} {source.split}")

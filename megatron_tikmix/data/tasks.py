@@ -35,7 +35,8 @@ def build_task(
         InputError: the split is missing, or one half does not fill a sample.
     """
     split = manifest.split(domain, "validation")
-    lengths = IndexedDataset(str(split.prefix), multimodal=False, mmap=True).sequence_lengths
+    tokens = IndexedDataset(str(split.prefix), multimodal=False, mmap=True)
+    lengths = tokens.sequence_lengths.copy()  # its memory map closes with it
     order = np.random.default_rng(derived_seed(seed, "task", domain)).permutation(len(lengths))
     # Halves of equal tokens, not documents: one long document must not empty a half.
     half = int(np.searchsorted(np.cumsum(lengths[order]), lengths.sum() / 2, side="right"))

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from megatron_tikmix.monitoring.decision import Influence, Move, moves
-from megatron_tikmix.monitoring.formatting import DASH, clean, count, number, shorten, signed
+from megatron_tikmix.monitoring.formatting import clean, count, number, shorten, with_error
 
 MOST_DOMAINS = 20
 NARROWEST_DOMAIN, WIDEST_TASK = 10, 12
@@ -98,10 +98,8 @@ def _influence_columns(
 
 
 def _cells(values: np.ndarray, errors: np.ndarray) -> list[str]:
-    return [
-        f"{signed(value)}±{number(error, 2)}" if math.isfinite(value) else DASH
-        for value, error in zip(values, errors, strict=True)
-    ]
+    pairs = zip(values, errors, strict=True)
+    return [with_error(value, error, between="±") for value, error in pairs]
 
 
 def _weight(move: Move) -> str:

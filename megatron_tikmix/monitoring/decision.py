@@ -3,6 +3,7 @@
 Letters as everywhere: V tasks, D domains.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -66,6 +67,12 @@ class Influence:
         return ~(np.abs(self.values_VD) > 2 * self.errors_VD)
 
 
+def mean_loss(task_loss: Mapping[str, float | None]) -> float:
+    """Mean over tasks; NaN where one of them is not known."""
+    losses = np.array(list(task_loss.values()), dtype=np.float64)
+    return float(losses.mean()) if losses.size else math.nan
+
+
 @dataclass(frozen=True)
 class Move:
     """A domain's weight before and after a boundary."""
@@ -79,11 +86,10 @@ class Move:
         return self.after - self.before
 
     def in_words(self) -> str:
-        """noise −13.9 points (16.7 → 2.8 %)."""
-        return (
-            f"{clean(self.domain)} {signed(100 * self.change, 1)} points "
-            f"({100 * self.before:.1f} → {100 * self.after:.1f} %)"
-        )
+        """noise −13.9 points (16.7 → 2.8 %), with the figures kept on one line."""
+        figures = f"({100 * self.before:.1f} → {100 * self.after:.1f} %)"
+        figures = figures.replace(" ", "\N{NO-BREAK SPACE}")
+        return f"{clean(self.domain)} {signed(100 * self.change, 1)} points {figures}"
 
 
 def moves(former: Mapping[str, float], weights: Mapping[str, float]) -> list[Move]:

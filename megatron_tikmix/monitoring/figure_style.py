@@ -34,7 +34,7 @@ def dress(figure: go.Figure, **layout: Any) -> go.Figure:
         template="none",
         margin=margin,
         font={"family": family, "size": 13, "color": INK},
-        hoverlabel={"align": "left"},
+        hoverlabel={"align": "left", "namelength": -1},
         **layout,
     )
     axis = {"automargin": True, "gridcolor": RULE, "zerolinecolor": RULE, "linecolor": RULE}

@@ -4,21 +4,18 @@ import math
 
 DASH = "\N{EN DASH}"
 """Stands where there is no number."""
+UNITS = ["", " k", " M", " B", " T"]
 
 
 def count(value: float | None) -> str:
     """3 significant digits and a unit: 512, 98.3 k, 2.95 M, 1.02 B."""
     if value is None or not math.isfinite(value):
         return DASH
-    if abs(value) < 999.5:
-        return f"{value:.3g}"
-    for unit in ("k", "M", "B"):
-        value /= 1000
-        if abs(value) < 999.5:
-            break
-    else:
-        value, unit = value / 1000, "T"
-    return f"{value:#.3g}".rstrip(".") + f" {unit}"
+    thousands = 0
+    while abs(value) >= 999.5 and thousands < len(UNITS) - 1:
+        value, thousands = value / 1000, thousands + 1
+    digits = f"{value:#.3g}" if thousands else f"{value:.3g}"
+    return digits.rstrip(".") + UNITS[thousands]
 
 
 def percent(share: float | None, digits: int = 1) -> str:
@@ -42,6 +39,11 @@ def signed(value: float | None, digits: int = 2) -> str:
     return f"{value:+.{digits}f}".replace("-", "\N{MINUS SIGN}")
 
 
+def with_error(value: float, error: float, between: str = " ± ") -> str:
+    """A measurement: +0.82 ± 0.10."""
+    return f"{signed(value)}{between}{number(error, 2)}" if math.isfinite(value) else DASH
+
+
 def duration(seconds: float | None) -> str:
     """1:20, or 2:03:09."""
     if seconds is None or not math.isfinite(seconds):
@@ -52,8 +54,9 @@ def duration(seconds: float | None) -> str:
 
 
 def clean(name: object) -> str:
-    """A domain or task name without the characters that would break a line or a terminal."""
-    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in str(name))
+    """A name without the characters that would break a line, or steer a terminal."""
+    spaced = "".join(" " if letter.isspace() else letter for letter in str(name))
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in spaced)
 
 
 def shorten(name: object, width: int) -> str:

@@ -20,7 +20,7 @@ from megatron_tikmix.monitoring.figure_style import (
     name_axis,
     row_height,
 )
-from megatron_tikmix.monitoring.formatting import number, signed
+from megatron_tikmix.monitoring.formatting import with_error
 from megatron_tikmix.monitoring.history import RunHistory
 
 HARM, ZERO, BENEFIT = ("#b2562b", "#e5a27c"), "#fbfaf7", ("#7fb0d8", "#1f5f9e")
@@ -102,7 +102,7 @@ def _words(stage: int, matrix: Influence) -> tuple[np.ndarray, np.ndarray]:
     for v, task in enumerate(matrix.tasks):
         for d, domain in enumerate(matrix.domains):
             value, error = relative.values_VD[v, d], relative.errors_VD[v, d]
-            texts_DV[d, v] = f"{signed(value)} ± {number(error, 2)}"
+            texts_DV[d, v] = with_error(value, error)
             hovers_DV[d, v] = (
                 f"<b>{label(domain, 60)}</b> for <b>{label(task, 60)}</b>, before stage {stage}<br>"
                 f"influence {matrix.values_VD[v, d]:+.3g} ± {matrix.errors_VD[v, d]:.2g}<br>"
@@ -127,8 +127,8 @@ def _slider(history: RunHistory, above: int) -> dict[str, Any]:
         "steps": steps,
         "active": len(steps) - 1,
         # Labels stand centred under their steps: the margins keep the first and last on the page.
-        "x": 0.06,
-        "len": 0.88,
+        "x": 0.08,
+        "len": 0.84,
         "y": 1,
         "yanchor": "bottom",
         "pad": {"b": above, "t": 0},

@@ -3,13 +3,12 @@
 Letters: K stages of the mixture, D domains.
 """
 
-import math
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 
-from megatron_tikmix.monitoring.decision import Array, Influence
+from megatron_tikmix.monitoring.decision import Array, Influence, mean_loss
 from megatron_tikmix.monitoring.run_files import Row, RunFiles
 
 
@@ -110,11 +109,8 @@ class RunHistory:
 
     @cached_property
     def mean_task_loss(self) -> dict[int, float]:
-        """Mean over tasks of `task_losses`; NaN where one of them was not finite."""
-        return {
-            iteration: math.nan if None in losses.values() else sum(losses.values()) / len(losses)
-            for iteration, losses in self.task_losses.items()
-        }
+        """Mean over tasks of `task_losses`."""
+        return {iteration: mean_loss(losses) for iteration, losses in self.task_losses.items()}
 
     @property
     def probe_token_share(self) -> float | None:

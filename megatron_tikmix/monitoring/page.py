@@ -32,11 +32,11 @@ p { margin: 6px 0; max-width: 92ch; overflow-wrap: anywhere; }
 .tile { padding: 12px 14px; line-height: 1.35; }
 .tile b { display: block; font-size: 21px; font-variant-numeric: tabular-nums; }
 .tile span { color: var(--faint); font-size: 13px; }
-.frame { margin-top: 12px; }
+.frame { margin-top: 12px; overflow-x: auto; }
 .frame.tall {
   max-height: 860px; overflow-y: auto; border: 1px solid var(--rule); border-radius: 8px;
 }
-table { border-collapse: collapse; width: 100%; font-size: 14px; }
+table { border-collapse: collapse; width: 100%; min-width: 800px; font-size: 14px; }
 th, td { padding: 6px 10px; text-align: left; font-variant-numeric: tabular-nums; }
 th {
   color: var(--faint); font-weight: 600; vertical-align: bottom; background: white;
@@ -47,10 +47,12 @@ td { border-bottom: 1px solid var(--rule); vertical-align: top; overflow-wrap: a
 td.right, td.brief { white-space: nowrap; overflow-wrap: normal; }
 @media print {
   body { max-width: none; padding: 0; font-size: 13px; }
-  .frame.tall { max-height: none; overflow: visible; border: 0; }
+  .frame, .frame.tall { max-height: none; overflow: visible; border: 0; }
+  table { min-width: 0; }
   th { position: static; }
+  .tiles { grid-template-columns: repeat(5, 1fr); }
   h2, .hint { break-after: avoid; }
-  tr, .tile, .frame:not(.tall) .plotly-graph-div { break-inside: avoid; }
+  p, tr, .frame:not(.tall) .plotly-graph-div { break-inside: avoid; }
 }
 """
 

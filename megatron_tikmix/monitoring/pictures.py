@@ -89,7 +89,7 @@ def task_losses(history: RunHistory) -> go.Figure:
             showlegend=not crowd or t == 0,
             mode="lines" if crowd else "lines+markers",
             line={"color": "#9db8e8", "width": 0.8} if crowd else {"color": colours[task]},
-            hovertext=f"<b>{label(task, 60)}</b>",
+            hovertext=f"<b>{label(task, 60)}</b>" if crowd else None,
         )
     if len(tasks) > 1:
         figure.add_scatter(

@@ -12,7 +12,7 @@ from pathlib import Path
 from megatron_tikmix.errors import InputError
 from megatron_tikmix.monitoring import heat_maps, pictures
 from megatron_tikmix.monitoring.decision import moves, sentence, variation_in_words
-from megatron_tikmix.monitoring.formatting import DASH, clean, count, number, percent, signed
+from megatron_tikmix.monitoring.formatting import DASH, clean, count, number, percent, with_error
 from megatron_tikmix.monitoring.history import RunHistory
 from megatron_tikmix.monitoring.page import page, picture, section, table, text
 from megatron_tikmix.monitoring.run_files import RunFiles
@@ -129,7 +129,7 @@ def mixture(history: RunHistory) -> str:
             percent(history.weights_KD[-1, d], 2),
             count(drawn_D[d]),
             number(epochs_D[d]),
-            f"{signed(mean[0][d])} ± {number(mean[1][d], 2)}" if mean else DASH,
+            with_error(mean[0][d], mean[1][d]) if mean else DASH,
         ]
         for d, name in enumerate(history.domains)
     ]

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from megatron_tikmix.monitoring.boundary_table import boundary_table
-from megatron_tikmix.monitoring.decision import decision_in_words
+from megatron_tikmix.monitoring.decision import decision_in_words, mean_loss
 from megatron_tikmix.monitoring.formatting import clean, count, duration, number, percent
 
 LOG_COLUMNS = 100
@@ -79,7 +79,7 @@ class Terminal:
             figures = f"loss {loss} · {count(speed)} tokens/s · {left} left"
             self._bar.update(self._task, completed=iteration, figures=figures, description="")
             return
-        self._say(
+        self.say(
             f" iteration {iteration}/{self._total} | consumed samples {row['consumed_samples']}"
             f" | lm loss {loss} | learning rate {row['learning_rate']:.1e}"
             f" | grad norm {number(row.get('grad_norm'), 2)} | tokens/s {number(speed, 0)}"
@@ -93,7 +93,7 @@ class Terminal:
         if self._bar is not None:
             self._bar.update(self._task, description=clean(text))
         elif phase and phase != self._phase:
-            self._say(f" {text}")
+            self.say(f" {text}")
         self._phase = phase
 
     def boundary(
@@ -103,20 +103,23 @@ class Terminal:
         domain_tokens: Mapping[str, float],
     ) -> None:
         """A new stage: what moved, on what evidence, and why, from its row of the ledger."""
-        self._say("")
+        self.say("")
         for part in boundary_table(former_row, row, domain_tokens, self._console.width, MOST_TASKS):
             self._console.print(part)
-        self._say(decision_in_words(None, row))  # the moves are in the table
-        self._say("")
+        self.say(decision_in_words(None, row))  # the moves are in the table
+        self.say("")
 
     def evaluation(self, iteration: int, task_loss: Mapping[str, float | None]) -> None:
         """Losses on held-out items."""
-        known = [loss for loss in task_loss.values() if loss is not None]
-        mean = number(sum(known) / len(known) if known else None, 4)
-        parts = [f" task loss at iteration {iteration}", f"mean over {len(task_loss)} tasks {mean}"]
-        if len(task_loss) <= MOST_TASKS:
+        few = len(task_loss) <= MOST_TASKS
+        mean = "mean" if few else f"mean over {len(task_loss)} tasks"
+        parts = [
+            f" task loss at iteration {iteration}",
+            f"{mean} {number(mean_loss(task_loss), 4)}",
+        ]
+        if few:
             parts += [f"{clean(task)} {number(loss, 4)}" for task, loss in task_loss.items()]
-        self._say(" | ".join(parts))
+        self.say(" | ".join(parts))
 
     def finish(
         self,
@@ -140,9 +143,9 @@ class Terminal:
             f"  curves        tensorboard --logdir {run_dir / 'tensorboard'}",
         ]
         for line in lines:
-            self._say(line, whole_line=True)
+            self.say(line, whole_line=True)
 
-    def _say(self, text: str, whole_line: bool = False) -> None:
+    def say(self, text: str, whole_line: bool = False) -> None:
         """Print plain text; `whole_line` keeps what is meant to be searched or copied in one."""
         self._console.print(text, markup=False, highlight=False, emoji=False, soft_wrap=whole_line)
 

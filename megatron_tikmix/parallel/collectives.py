@@ -10,6 +10,11 @@ from megatron_tikmix.errors import InputError
 from megatron_tikmix.parallel.initialize import Parallel
 
 
+def barrier(parallel: Parallel) -> None:
+    """Wait for every rank."""
+    dist.barrier(group=parallel.cpu_group)
+
+
 def sum_over_ranks(values: torch.Tensor, parallel: Parallel) -> torch.Tensor:
     """The sum of `values` (any shape) over all ranks, in float64 on the CPU."""
     total = values.detach().to("cpu", torch.float64, copy=True)

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core import dist_checkpointing, tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.distributed import DistributedDataParallel
@@ -25,7 +24,7 @@ from megatron.core.utils import unwrap_model
 
 from megatron_tikmix.errors import InputError
 from megatron_tikmix.mixing import MixtureSchedule
-from megatron_tikmix.parallel.collectives import check_same_on_all_ranks
+from megatron_tikmix.parallel.collectives import barrier, check_same_on_all_ranks
 from megatron_tikmix.parallel.initialize import Parallel
 from megatron_tikmix.training.optimizer_state import mend_torch_adam, unshare_steps
 from megatron_tikmix.training.state import TrainState
@@ -69,7 +68,7 @@ class Checkpointer:
         if self._parallel.is_main:
             shutil.rmtree(path, ignore_errors=True)  # what a killed save left
             path.mkdir(parents=True)
-        dist.barrier(group=self._parallel.cpu_group)
+        barrier(self._parallel)
         dist_checkpointing.save(self._sharded_state(is_loading=False), str(path))
         if self._parallel.is_main:
             record = {
@@ -85,7 +84,7 @@ class Checkpointer:
             _write(self._folder / _LATEST, f"{state.iteration}\n")
             for old in self._complete()[: -self._keep]:
                 shutil.rmtree(old)
-        dist.barrier(group=self._parallel.cpu_group)
+        barrier(self._parallel)
         return path
 
     def load_latest(self, state: TrainState) -> bool:

@@ -25,15 +25,12 @@ class Recorder:
         self._resolved = resolved
         self._main = parallel.is_main
         self._folder = Path(config.run_dir)
-        self._terminal: Terminal
+        # Both are there between `begin` and the end, on the main rank.
+        self._terminal: Terminal | None = None
         self._tensorboard: TensorBoardWriter | None = None
 
     def begin(self, plan: str, state: TrainState) -> None:
         """Open the files, brought back to where the run (re)starts, and tell the plan."""
-        iterations = self._config.train.train_iters
-        self._terminal = Terminal(
-            iterations, start_iteration=state.iteration, quiet=not self._main
-        )
         if not self._main:
             return
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -43,33 +40,35 @@ class Recorder:
             self._folder / "tensorboard",
             purge_step=state.iteration + 1 if state.iteration else None,
         )
-        self._terminal.say(plan)
+        self._terminal = Terminal(
+            self._config.train.train_iters, start_iteration=state.iteration
+        )
         if state.iteration:
-            self._terminal.say(
-                f"resumed       at iteration {state.iteration} from the newest checkpoint"
-                + (f"; {dropped} rows written after it are dropped" if dropped else "")
+            plan += f"\nresumed      at iteration {state.iteration} from the newest checkpoint" + (
+                f"; {dropped} rows written after it are dropped" if dropped else ""
             )
+        self._terminal.say(plan)
 
     def step(self, row: Row, realised: Mapping[str, float]) -> None:
         """A row of metrics.jsonl, and each domain's share of the stage's samples so far."""
-        if self._tensorboard is not None:
+        if self._terminal and self._tensorboard:
             append_jsonl(self._folder / "metrics.jsonl", row)
             self._tensorboard.step(row, realised)
             self._terminal.step(row)
 
     def evaluation(self, iteration: int, task_loss: Mapping[str, float]) -> None:
         """Losses on items that do not decide."""
-        if self._main:
+        if self._terminal:
             self._terminal.evaluation(iteration, task_loss)
 
     def probing(self, done: int, total: int) -> None:
         """Progress of a probe."""
-        if self._main:
+        if self._terminal:
             self._terminal.status(f"probe: {done}/{total} passes" if done < total else "solving")
 
     def stage(self, ledger: list[Row]) -> None:
         """The ledger's last row, which has just been added."""
-        if self._tensorboard is None:
+        if not self._terminal or not self._tensorboard:
             return
         row, former = ledger[-1], ledger[-2] if len(ledger) > 1 else None
         append_jsonl(self._folder / "mixture.jsonl", row)
@@ -81,7 +80,7 @@ class Recorder:
 
     def finish(self, state: TrainState) -> None:
         """Write the report, and say where everything is and what the probes cost."""
-        if not self._main:
+        if not self._terminal:
             return
         self.close()
         write_report(self._folder)
@@ -91,9 +90,9 @@ class Recorder:
 
     def close(self) -> None:
         """Leave the terminal and the event file whole, also after an error."""
-        if self._tensorboard is not None:
+        if self._terminal and self._tensorboard:
             self._tensorboard.close()
-        self._terminal.close()
+            self._terminal.close()
 
     def _reconcile(self, state: TrainState) -> int:
         """Bring the files back to the checkpoint; the number of rows that were beyond it."""

@@ -102,7 +102,7 @@ def test_same_bytes_again_in_another_process(corpus, tmp_path, run_tool):
     )
     assert result.returncode == 0, result.stderr
     assert all_bytes(tmp_path) == all_bytes(corpus)
-    assert DOMAINS <= set(result.stdout.split())
+    assert set(result.stdout.split()) >= DOMAINS
 
 
 def test_another_seed_draws_another_sample(corpus, tmp_path):
@@ -111,8 +111,7 @@ def test_another_seed_draws_another_sample(corpus, tmp_path):
         assert read(tmp_path, domain, "train") != read(corpus, domain, "train")
 
 
-def test_noise_can_be_left_out(tmp_path, monkeypatch):
-    monkeypatch.setattr(build_corpus, "_stdlib_sources", lambda: iter([]))
+def test_noise_can_be_left_out(tmp_path):
     arguments = build_corpus.build_parser().parse_args(
         ["--output", str(tmp_path), "--noise_bytes", "0"]
     )
@@ -185,7 +184,7 @@ def test_cut_keeps_every_character_and_the_limit(text, limit):
 
 
 def test_cut_prefers_blank_lines_then_lines_then_words():
-    assert list(build_corpus.cut("aaaa\n\nb\nc d e", 10)) == ["aaaa\n\n", "b\nc d e"]
+    assert list(build_corpus.cut("aaaaa\n\nb\nc d e", 10)) == ["aaaaa\n\n", "b\nc d e"]
     assert list(build_corpus.cut("aaaa bb\nc d e", 10)) == ["aaaa bb\n", "c d e"]
     assert list(build_corpus.cut("aaaa bb c d e", 9)) == ["aaaa bb ", "c d e"]
 
@@ -231,7 +230,7 @@ def test_docstrings_are_parted_from_code(tmp_path):
         ast.parse("class A:\n    def f(self):\n        pass")
     )
     docs = build_corpus._docstrings_of(path, "m")
-    assert docs.split() == "m Top. m.A Of A. m.A.f Of f.".split()
+    assert docs.split() == ["m", "Top.", "m.A", "Of", "A.", "m.A.f", "Of", "f."]
 
 
 def test_text_that_is_not_utf8_or_not_there_is_left_out(tmp_path):

@@ -1,0 +1,153 @@
+"""Shared fixtures: a tiny corpus of random tokens, and a run configuration over it."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import copy
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from megatron_tikmix.data.domains import DomainManifest, DomainSplit
+
+VOCAB_SIZE = 250
+EOD = 0
+ROOT = Path(__file__).parent.parent
+
+
+def write_tokens(prefix: Path, documents: list[np.ndarray]) -> DomainSplit:
+    """A `.bin/.idx` pair of these documents."""
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
+    for document in documents:
+        builder.add_item(torch.from_numpy(document.astype(np.int64)))
+        builder.end_document()
+    builder.finalize(f"{prefix}.idx")
+    return DomainSplit(prefix, len(documents), sum(len(document) for document in documents))
+
+
+def random_documents(seed: int, low: int, high: int, count: int) -> list[np.ndarray]:
+    """Documents of 20 to 60 tokens that count upwards within [low, high), with some noise."""
+    generator = np.random.default_rng(seed)
+    documents = []
+    for _ in range(count):
+        length = int(generator.integers(20, 61))
+        steps = generator.choice([1, 1, 1, 2, 5], size=length).cumsum()
+        tokens = low + (generator.integers(high - low) + steps) % (high - low)
+        documents.append(np.append(tokens, EOD))
+    return documents
+
+
+def build_corpus(folder: Path) -> Path:
+    """Three domains: `low` and `high` count upwards in halves of the vocabulary, `junk` does not."""
+    ranges = {"low": (1, 120), "high": (120, VOCAB_SIZE), "junk": (1, VOCAB_SIZE)}
+    domains: dict[str, dict[str, DomainSplit]] = {}
+    for index, (name, (low, high)) in enumerate(ranges.items()):
+        domains[name] = {}
+        for split, count in (("train", 120), ("validation", 40)):
+            documents = random_documents(17 * index + len(split), low, high, count)
+            if name == "junk":
+                generator = np.random.default_rng(len(split))
+                documents = [generator.permutation(document) for document in documents]
+            domains[name][split] = write_tokens(folder / f"{name}_{split}", documents)
+    manifest = DomainManifest(folder / "domains.yaml", None, VOCAB_SIZE, EOD, domains)
+    manifest.save()
+    return manifest.path
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The manifest of a tiny corpus, made once."""
+    return build_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture
+def settings(corpus: Path, tmp_path: Path) -> dict[str, Any]:
+    """A run that takes seconds: 12 iterations, boundaries at 4 and 8."""
+    return {
+        "run_dir": str(tmp_path / "run"),
+        "model": {
+            "num_layers": 2,
+            "hidden_size": 32,
+            "num_attention_heads": 4,
+            "ffn_hidden_size": 64,
+            "make_vocab_size_divisible_by": 64,
+            "hidden_dropout": 0.0,
+            "attention_dropout": 0.0,
+        },
+        "data": {
+            "manifest": str(corpus),
+            "sequence_length": 32,
+            "initial_mixture": "uniform",
+        },
+        "tasks": {"low": {"domain": "low"}, "high": {"domain": "high"}},
+        "train": {
+            "train_iters": 12,
+            "micro_batch_size": 2,
+            "global_batch_size": 8,
+            "log_interval": 2,
+        },
+        "optimizer": {"lr": 2e-3, "adam_beta2": 0.2, "weight_decay": 0.01},
+        "remix": {"interval_samples": 32},
+        "probe": {"sub_batch_samples": 4, "task_samples": 12},
+        "evaluate": {"task_samples": 12},
+    }
+
+
+def overridden(settings: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
+    """`settings` with ``{"section.field": value}`` put in."""
+    result = copy.deepcopy(settings)
+    for name, value in overrides.items():
+        *sections, field = name.split(".")
+        place = result
+        for section in sections:
+            place = place.setdefault(section, {})
+        place[field] = value
+    return result
+
+
+def launch(
+    settings: dict[str, Any], ranks: int = 1, check: bool = True, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Run ``python -m megatron_tikmix`` on `ranks` processes, through torchrun if more than one."""
+    folder = Path(settings["run_dir"]).parent
+    config = folder / f"{Path(settings['run_dir']).name}.yaml"
+    config.write_text(yaml.safe_dump(settings))
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    result = subprocess.run(
+        [sys.executable, *(torchrun if ranks > 1 else []), "-m", "megatron_tikmix", str(config)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        cwd=ROOT,
+        env={**os.environ, **environment},
+    )
+    if check and result.returncode != 0:
+        pytest.fail(f"exit code {result.returncode}\n{result.stdout}\n{result.stderr}")
+    return result
+
+
+def read_rows(run_dir: str | Path, name: str) -> list[dict[str, Any]]:
+    """The rows of a JSONL file of a run."""
+    return [json.loads(line) for line in (Path(run_dir) / name).read_text().splitlines()]
+
+
+def without_timings(value: Any) -> Any:
+    """The same rows without the fields that are seconds, or per second."""
+    if isinstance(value, dict):
+        return {
+            key: without_timings(item)
+            for key, item in value.items()
+            if not key.endswith(("_seconds", "_per_second"))
+        }
+    return [without_timings(item) for item in value] if isinstance(value, list) else value

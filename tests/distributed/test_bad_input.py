@@ -1,0 +1,93 @@
+"""Bad input: one sentence, exit code 2, before training starts; never a traceback or a hang."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from megatron_tikmix.__main__ import main
+from tests.conftest import launch, overridden, write_tokens
+
+CASES = {
+    "unknown field": ({"model.hiden_size": 64}, "did you mean model.hidden_size?"),
+    "unknown section": ({"trian.iters": 64}, "unknown configuration field trian"),
+    "wrong type": ({"train.train_iters": "many"}, "train.train_iters"),
+    "missing manifest": ({"data.manifest": "nowhere.yaml"}, "nowhere.yaml"),
+    "unknown domain of a task": ({"tasks.law.domain": "law"}, "tasks.law.domain"),
+    "unknown domain": ({"data.domains": ["low", "law"]}, "law"),
+    "negative weight": ({"data.initial_mixture": {"low": -1.0, "high": 2.0}}, "negative"),
+    "weight that is no number": ({"data.initial_mixture": {"low": float("nan")}}, "low"),
+    "weights all zero": ({"data.initial_mixture": {"low": 0.0}}, "data.initial_mixture"),
+    "weight of an unknown domain": ({"data.initial_mixture": {"law": 1.0}}, "law"),
+    "world size": ({"model.tensor_model_parallel_size": 2}, "2 ranks, and 1 were launched"),
+    "batch size": ({"train.micro_batch_size": 3}, "train.global_batch_size (8) must be a multiple"),
+    "interval": ({"remix.interval_samples": 30}, "the nearest are 24 and 32"),
+    "unsettled second moment": ({"optimizer.adam_beta2": 0.999}, "second moment has settled"),
+    "domain shorter than a sample": ({"data.sequence_length": 20000}, "do not fill one sample"),
+    "layout": ({"model.num_layers": 2, "model.num_attention_heads": 5}, "num_attention_heads"),
+    "unsupported": ({"model.context_parallel_size": 2}, "context_parallel_size"),
+    "sub-batches": ({"probe.sub_batches": 2}, "probe.sub_batches"),
+}
+
+
+def refused(settings: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> str:
+    """The sentence with which this process refuses the run."""
+    config = Path(settings["run_dir"]).with_suffix(".yaml")
+    config.write_text(yaml.safe_dump(settings))
+    assert main([str(config)]) == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("error: ")
+    assert "\n" not in error
+    assert not Path(settings["run_dir"]).exists()
+    return error
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_refused_in_one_sentence(
+    case: str, settings: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    overrides, words = CASES[case]
+    assert words in refused(overridden(settings, overrides), capsys)
+
+
+@pytest.mark.parametrize("damage", ["missing .bin", "missing .idx", "short .bin", "short .idx"])
+def test_damaged_files_are_named(
+    damage: str, settings: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from tests.conftest import build_corpus
+
+    (tmp_path / "corpus").mkdir()
+    manifest = build_corpus(tmp_path / "corpus")
+    kind, suffix = damage.split()
+    file = manifest.parent / f"high_train{suffix}"
+    if kind == "missing":
+        file.unlink()
+    else:
+        file.write_bytes(file.read_bytes()[:-10])
+    assert f"high_train{suffix}" in refused(
+        overridden(settings, {"data.manifest": str(manifest)}), capsys
+    )
+
+
+def test_two_ranks_refuse_together(settings: dict[str, Any]) -> None:
+    result = launch(
+        overridden(settings, {"train.global_batch_size": 6, "remix.interval_samples": 36}),
+        ranks=2,
+        check=False,
+    )
+    assert result.returncode != 0
+    ours = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(ours) == 1
+    assert "train.global_batch_size" in ours[0]
+    assert "exitcode  : 2" in result.stderr.replace("exitcode : 2", "exitcode  : 2")
+
+
+def test_write_tokens_is_read_back(tmp_path: Path) -> None:
+    """The fixtures' own files are what Megatron reads."""
+    import numpy as np
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    split = write_tokens(tmp_path / "x", [np.arange(5), np.arange(7)])
+    data = IndexedDataset(str(split.prefix))
+    assert [data[i].tolist() for i in range(2)] == [list(range(5)), list(range(7))]

@@ -1,0 +1,74 @@
+"""What a boundary does to training: nothing, if the mixture stays; and a resumed run is the same."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from tests.conftest import launch, overridden, read_rows, without_timings
+
+DROPOUT = {"model.hidden_dropout": 0.1, "model.attention_dropout": 0.1}
+
+
+def test_a_probe_does_not_disturb_training(settings: dict[str, Any]) -> None:
+    """Dropout is on: a single random number drawn by the probe would change every loss after."""
+    plain = overridden(
+        settings, {**DROPOUT, "remix.policy": "static", "run_dir": settings["run_dir"] + "_plain"}
+    )
+    probed = overridden(settings, {**DROPOUT, "remix.apply": False})
+    launch(plain)
+    launch(probed)
+    assert without_timings(read_rows(plain["run_dir"], "metrics.jsonl")) == without_timings(
+        read_rows(probed["run_dir"], "metrics.jsonl")
+    )
+    stages = read_rows(probed["run_dir"], "mixture.jsonl")
+    assert [stage["source"] for stage in stages] == ["initial", "kept", "kept"]
+    assert all(stage["probe_tokens"] > 0 for stage in stages[1:])
+
+
+def test_a_resumed_run_goes_on_bit_for_bit(settings: dict[str, Any]) -> None:
+    """Two ranks, dropout on: resumed inside an interval, it crosses a boundary like the other."""
+    settings = overridden(
+        settings, {**DROPOUT, "checkpoint.save_interval": 3, "checkpoint.keep": 10}
+    )
+    launch(settings, ranks=2)
+    whole = Path(settings["run_dir"])
+    resumed = whole.with_name("resumed")
+    shutil.copytree(whole, resumed)
+    # As if it had been killed after iteration 6, with rows written beyond the checkpoint.
+    latest = resumed / "checkpoints" / "latest_checkpointed_iteration.txt"
+    latest.write_text("6\n")
+    result = launch(overridden(settings, {"run_dir": str(resumed)}), ranks=2)
+    assert "at iteration 6" in result.stderr
+    for name in ("metrics.jsonl", "mixture.jsonl"):
+        assert without_timings(read_rows(whole, name)) == without_timings(read_rows(resumed, name))
+
+
+def test_another_layout_resumes_with_the_same_samples(settings: dict[str, Any]) -> None:
+    settings = overridden(settings, {"checkpoint.keep": 10})
+    launch(settings, ranks=2)
+    whole = Path(settings["run_dir"])
+    resumed = whole.with_name("resumed")
+    shutil.copytree(whole, resumed)
+    (resumed / "checkpoints" / "latest_checkpointed_iteration.txt").write_text("8\n")
+    launch(overridden(settings, {"run_dir": str(resumed)}))
+    rows, again = read_rows(whole, "metrics.jsonl"), read_rows(resumed, "metrics.jsonl")
+    assert [row["iteration"] for row in rows] == [row["iteration"] for row in again]
+    for a, b in zip(rows, again, strict=True):
+        assert abs(a["lm_loss"] - b["lm_loss"]) < 1e-5 * a["lm_loss"]
+    assert without_timings(read_rows(whole, "mixture.jsonl")) == without_timings(
+        read_rows(resumed, "mixture.jsonl")
+    )
+
+
+def test_other_data_is_refused_on_resume(settings: dict[str, Any]) -> None:
+    short = overridden(settings, {"train.train_iters": 4})
+    launch(short)
+    state = json.loads(
+        (Path(short["run_dir"]) / "checkpoints" / "iter_0000004" / "tikmix.json").read_text()
+    )
+    assert state["consumed_samples"] == 32
+    result = launch(overridden(settings, {"seed": 99}), check=False)
+    assert result.returncode == 2
+    assert "seed 1234" in result.stderr
+    assert "Traceback" not in result.stderr

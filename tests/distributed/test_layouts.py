@@ -1,0 +1,72 @@
+"""Another layout gives the same numbers, from scratch; another parallel run the same bits."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.conftest import launch, overridden, read_rows, without_timings
+
+LAYOUTS = {
+    "data parallel": {},
+    "tensor parallel": {"model.tensor_model_parallel_size": 2},
+    "pipeline parallel": {"model.pipeline_model_parallel_size": 2},
+}
+
+
+@pytest.fixture(scope="module")
+def runs() -> dict[str, Path]:
+    return {}
+
+
+@pytest.fixture
+def reference(settings: dict[str, Any], runs: dict[str, Path]) -> Path:
+    """The run of one rank that the others are held against."""
+    if "reference" not in runs:
+        launch(settings)
+        runs["reference"] = Path(settings["run_dir"])
+    return runs["reference"]
+
+
+def matrices(run_dir: Path) -> list[np.ndarray]:
+    """S_VD of every boundary."""
+    return [
+        np.array([list(row.values()) for row in stage["influence"].values()])
+        for stage in read_rows(run_dir, "mixture.jsonl")
+        if stage["influence"]
+    ]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_two_ranks_give_the_numbers_of_one(
+    layout: str, reference: Path, settings: dict[str, Any], runs: dict[str, Path]
+) -> None:
+    launch(overridden(settings, LAYOUTS[layout]), ranks=2)
+    run_dir = Path(settings["run_dir"])
+    runs[layout] = run_dir
+    ours, theirs = read_rows(run_dir, "metrics.jsonl"), read_rows(reference, "metrics.jsonl")
+    assert [row["iteration"] for row in ours] == [row["iteration"] for row in theirs]
+    for a, b in zip(ours, theirs, strict=True):
+        assert a["lm_loss"] == pytest.approx(b["lm_loss"], rel=1e-5)
+        assert a["domain_loss"] == pytest.approx(b["domain_loss"], rel=1e-4)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
+    found, expected = matrices(run_dir), matrices(reference)
+    assert len(found) == len(expected) == 2
+    scale_V1 = np.abs(expected[0]).max(axis=1, keepdims=True)
+    assert (np.abs(found[0] - expected[0]) / scale_V1).max() < 1e-4
+    weights = [stage["weights"] for stage in read_rows(run_dir, "mixture.jsonl")]
+    expected_weights = [stage["weights"] for stage in read_rows(reference, "mixture.jsonl")]
+    for a, b in zip(weights, expected_weights, strict=True):
+        assert a == pytest.approx(b, abs=1e-3)
+
+
+def test_the_same_run_twice_gives_the_same_bits(
+    settings: dict[str, Any], runs: dict[str, Path]
+) -> None:
+    launch(overridden(settings, {"model.hidden_dropout": 0.1}), ranks=2)
+    again = overridden(settings, {"model.hidden_dropout": 0.1, "run_dir": settings["run_dir"] + "2"})
+    launch(again, ranks=2)
+    for name in ("metrics.jsonl", "mixture.jsonl"):
+        first, second = (read_rows(s["run_dir"], name) for s in (settings, again))
+        assert without_timings(first) == without_timings(second)

@@ -1,0 +1,127 @@
+"""Domain streams, loader and tasks: every sample once an epoch, on every rank, in one order."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_tikmix.data.domain_stream import DomainStream
+from megatron_tikmix.data.domains import DomainManifest
+from megatron_tikmix.data.loader import micro_batch_indices
+from megatron_tikmix.data.tasks import build_task, micro_batches
+from megatron_tikmix.errors import InputError
+
+SEQUENCE = 32
+
+
+def stream(corpus: Path, name: str = "low", seed: int = 3, length: int = SEQUENCE) -> DomainStream:
+    manifest = DomainManifest.load(corpus)
+    return DomainStream(
+        name,
+        manifest.split(name, "train"),
+        seed=seed,
+        sequence_length=length,
+        eod=manifest.eod,
+        vocab_size=manifest.vocab_size,
+    )
+
+
+def contents(samples: DomainStream, ks: range) -> list[bytes]:
+    return [samples[k]["tokens"].numpy().tobytes() for k in ks]
+
+
+def test_an_epoch_serves_floor_of_tokens_over_length_samples(corpus: Path) -> None:
+    samples = stream(corpus)
+    tokens = DomainManifest.load(corpus).split("low", "train").tokens
+    assert samples.samples_per_epoch == (tokens - 1) // SEQUENCE
+    first = contents(samples, range(samples.samples_per_epoch))
+    assert len(set(first)) == samples.samples_per_epoch
+
+
+def test_every_epoch_serves_each_token_once(corpus: Path) -> None:
+    """Counted by token: an epoch drops only the tail, at most sequence_length of them."""
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    samples = stream(corpus)
+    prefix = DomainManifest.load(corpus).split("low", "train").prefix
+    documents = IndexedDataset(str(prefix))
+    everything = np.bincount(np.concatenate([documents[i] for i in range(len(documents))]))
+    n = samples.samples_per_epoch
+    for epoch in range(2):
+        served = torch.cat([samples[epoch * n + k]["tokens"] for k in range(n)])
+        missing = everything - np.bincount(served, minlength=len(everything))
+        assert missing.min() >= 0
+        assert missing.sum() == everything.sum() - n * SEQUENCE <= SEQUENCE
+
+
+def test_sample_k_depends_on_nothing_but_seed_domain_and_k(corpus: Path) -> None:
+    one, other = stream(corpus), stream(corpus)
+    n = one.samples_per_epoch
+    forwards = contents(one, range(2 * n))
+    backwards = contents(other, range(2 * n - 1, -1, -1))
+    assert forwards == backwards[::-1]
+    assert forwards[:n] != forwards[n:], "the second epoch has an order of its own"
+    assert contents(stream(corpus, seed=4), range(n)) != forwards[:n]
+
+
+def test_samples_do_not_share_memory(corpus: Path) -> None:
+    samples = stream(corpus)
+    samples[0]["loss_mask"].zero_()
+    assert samples[1]["loss_mask"].sum() == SEQUENCE
+
+
+def test_too_few_tokens_for_a_sample_are_refused(corpus: Path) -> None:
+    with pytest.raises(InputError, match="domain low: .* do not fill one sample"):
+        stream(corpus, length=100_000)
+
+
+@given(
+    start=st.integers(0, 100),
+    micro_batch_size=st.integers(1, 5),
+    size=st.integers(1, 5),
+    groups=st.integers(1, 6),
+)
+def test_ranks_share_the_samples_out_once_each(
+    start: int, micro_batch_size: int, size: int, groups: int
+) -> None:
+    samples = groups * micro_batch_size * size
+    served = [
+        index
+        for rank in range(size)
+        for batch in micro_batch_indices(
+            start, samples, micro_batch_size=micro_batch_size, rank=rank, size=size
+        )
+        for index in batch
+    ]
+    assert sorted(served) == list(range(start, start + samples))
+
+
+@pytest.mark.parametrize(("micro_batch_size", "size"), [(1, 1), (2, 1), (3, 2), (5, 4)])
+def test_padding_counts_for_nothing(corpus: Path, micro_batch_size: int, size: int) -> None:
+    samples = stream(corpus)
+    batches = [
+        batch
+        for rank in range(size)
+        for batch in micro_batches(
+            samples, range(4, 11), micro_batch_size=micro_batch_size, rank=rank, size=size
+        )
+    ]
+    counted = [
+        row["tokens"][i].numpy().tobytes()
+        for row in batches
+        for i in range(micro_batch_size)
+        if row["loss_mask"][i].any()
+    ]
+    assert sorted(counted) == sorted(contents(samples, range(4, 11)))
+
+
+def test_items_that_decide_and_items_that_report_share_no_document(corpus: Path) -> None:
+    manifest = DomainManifest.load(corpus)
+    task = build_task("t", "high", manifest, seed=1, sequence_length=SEQUENCE)
+    decide, report = set(task.decide._documents.tolist()), set(task.report._documents.tolist())
+    assert not decide & report
+    assert len(decide | report) == manifest.split("high", "validation").documents
+    assert abs(task.decide.samples_per_epoch - task.report.samples_per_epoch) <= 4
