@@ -446,7 +446,9 @@ def build_parser(for_help: bool = False) -> ArgumentParser:
     `for_help` hides the rarely used fields of megatron-core; hidden ones would be left out of
     the resolved configuration too, so a real run is parsed without it.
     """
-    parser = ArgumentParser(prog="megatron_tikmix", usage=_USAGE, exit_on_error=False, allow_abbrev=False)
+    parser = ArgumentParser(
+        prog="megatron_tikmix", usage=_USAGE, exit_on_error=False, allow_abbrev=False
+    )
     parser.add_argument("--config", action="config", help="the run's YAML file")
     parser.add_class_arguments(RunConfig, as_group=True)
     for action in parser._actions if for_help else ():
@@ -467,10 +469,11 @@ def load_config(arguments: list[str]) -> tuple[RunConfig, str]:
             type, or a combination that megatron-core refuses.
         SystemExit: ``--help`` was asked for.
     """
+    file = "the configuration"
     if arguments and not arguments[0].startswith("-"):
-        path = Path(arguments[0])
-        if not path.is_file():
-            raise InputError(f"{path}: no such configuration file")
+        file = arguments[0]
+        if not Path(file).is_file():
+            raise InputError(f"{file}: no such configuration file")
         arguments = ["--config", *arguments]
     parser = build_parser(for_help=bool({"-h", "--help"} & set(arguments)))
     try:
@@ -481,12 +484,13 @@ def load_config(arguments: list[str]) -> tuple[RunConfig, str]:
     except InputError:
         raise
     except (ArgumentError, ValueError, AssertionError, TypeError) as error:
-        raise InputError(_in_one_sentence(str(error), parser)) from error
+        raise InputError(_in_one_sentence(str(error), parser, file)) from error
 
 
-def _in_one_sentence(message: str, parser: ArgumentParser) -> str:
+def _in_one_sentence(message: str, parser: ArgumentParser, file: str) -> str:
     """The parser's complaint on one line; an unknown field gets the nearest valid name."""
     message = re.sub(r"\s+", " ", message).strip()
+    message = message.replace("Problems parsing config", f"{file} is not readable YAML")
     unknown = re.search(
         r"Group '(?P<group>\S+)' does not accept option '(?P<key>\S+)'"
         r"|Option '(?P<name>\S+)' is not accepted|[Uu]nrecognized arguments: --(?P<option>[^\s=]+)",

@@ -46,7 +46,7 @@ def pretrain(config: RunConfig, resolved: str) -> None:
             train(run)
         finally:
             run.recorder.close()
-        run.recorder.finish(run.state)
+        run.recorder.finish()
     finally:
         shut_down()
 
@@ -60,7 +60,7 @@ def _problem_with_data(config: RunConfig) -> InputError | None:
 
 
 def build(config: RunConfig, resolved: str, parallel: Parallel) -> Run:
-    """Model, optimizer, data, remixer and records; resumed from run_dir if it holds a checkpoint."""
+    """All that a run is made of; brought back to the newest checkpoint in run_dir, if any."""
     data = TrainingData(config)
     model = build_model(
         config.model,

@@ -48,7 +48,7 @@ def random_documents(seed: int, low: int, high: int, count: int) -> list[np.ndar
 
 
 def build_corpus(folder: Path) -> Path:
-    """Three domains: `low` and `high` count upwards in halves of the vocabulary, `junk` does not."""
+    """Three domains: `low` and `high` count upwards in halves of the vocabulary, `junk` not."""
     ranges = {"low": (1, 120), "high": (120, VOCAB_SIZE), "junk": (1, VOCAB_SIZE)}
     domains: dict[str, dict[str, DomainSplit]] = {}
     for index, (name, (low, high)) in enumerate(ranges.items()):

@@ -27,9 +27,7 @@ class TrainingData:
                     f"{', '.join(self.manifest.domains)}"
                 )
         self.manifest.check_files([t.domain for t in config.tasks.values()], ["validation"])
-        self.streams = [
-            self.stream(name, config.seed, data.sequence_length) for name in self.names
-        ]
+        self.streams = [self.stream(name, config.seed, data.sequence_length) for name in self.names]
         self.tasks: list[Task] = [
             build_task(
                 name,

@@ -18,6 +18,7 @@ from megatron_tikmix.seeds import derived_seed
 # Each epoch's index is small and rebuilt in a millisecond: not saving it is intended.
 logging.getLogger("megatron.core.datasets.gpt_dataset").setLevel(logging.ERROR)
 
+
 class _EndOfDocument:
     """What GPTDataset asks of a tokenizer: the samples are tokens already."""
 

@@ -59,4 +59,3 @@ class ProbeData:
             micro_batches(stream, range(b * n, (b + 1) * n), **self._share)
             for b in range(self.sub_batches)
         ]
-

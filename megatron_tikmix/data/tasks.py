@@ -76,8 +76,6 @@ def micro_batches(
         first = index * group + rank * micro_batch_size
         places = range(first, first + micro_batch_size)
         batches.append(
-            stack(
-                [stream[samples[p]] if p < len(samples) else stream.padding() for p in places]
-            )
+            stack([stream[samples[p]] if p < len(samples) else stream.padding() for p in places])
         )
     return batches

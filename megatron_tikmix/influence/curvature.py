@@ -43,9 +43,7 @@ class DampedAdam:
 
     name = "adam"
 
-    def __init__(
-        self, second_moment_P: torch.Tensor, *, mean_root: float, damping: float
-    ) -> None:
+    def __init__(self, second_moment_P: torch.Tensor, *, mean_root: float, damping: float) -> None:
         self._scale_P = 1.0 / (second_moment_P.sqrt() + damping * mean_root)
 
     def inverse_product(self, gradient_P: torch.Tensor) -> torch.Tensor:

@@ -68,6 +68,4 @@ def _matrix(
     residuals_DBV = sums_DBV - S_DV[:, None, :] * tokens_DB[:, :, None]
     variance_DV = B / (B - 1) * (residuals_DBV**2).sum(axis=1)
     error_DV = np.sqrt(variance_DV) / tokens_DB.sum(axis=1)[:, None]
-    return InfluenceMatrix(
-        S_DV.T, domains=domains, tasks=tasks, standard_error_VD=error_DV.T
-    )
+    return InfluenceMatrix(S_DV.T, domains=domains, tasks=tasks, standard_error_VD=error_DV.T)

@@ -1,0 +1,24 @@
+"""Mixtures of training domains: deciding them, and drawing samples by them. No torch."""
+
+from megatron_tikmix.mixing.blending import StageBlend
+from megatron_tikmix.mixing.constraints import MixtureConstraints
+from megatron_tikmix.mixing.influence_matrix import InfluenceMatrix
+from megatron_tikmix.mixing.mixture import WEIGHT_TOTAL, Mixture
+from megatron_tikmix.mixing.objective import Objective
+from megatron_tikmix.mixing.schedule import MixtureSchedule, SampleLocation, Stage
+from megatron_tikmix.mixing.solution import MixtureSolution
+from megatron_tikmix.mixing.tikmix_d import solve_tikmix_d
+
+__all__ = [
+    "WEIGHT_TOTAL",
+    "InfluenceMatrix",
+    "Mixture",
+    "MixtureConstraints",
+    "MixtureSchedule",
+    "MixtureSolution",
+    "Objective",
+    "SampleLocation",
+    "Stage",
+    "StageBlend",
+    "solve_tikmix_d",
+]

@@ -38,12 +38,14 @@ class Mixture(Mapping[str, float]):
                     f"mixture: the weight of domain {name} is {weight!r}; "
                     "it must be a finite number, zero or more"
                 )
-        total = float(sum(map(float, weights.values())))
-        if total == 0:
-            raise InputError("mixture: every weight is zero; give at least one domain more")
-        if not math.isfinite(total):
-            raise InputError("mixture: the weights add up to infinity; scale them down")
-        total = math.fsum(weights.values())
+        try:
+            total = math.fsum(weights.values())
+        except OverflowError:
+            total = math.inf
+        if not 0 < total < math.inf:
+            raise InputError(
+                f"mixture: the weights sum to {total}; make it a finite number above 0"
+            )
         # Weights that already sum to 1 keep their bits, so that a mixture read back from JSON
         # is the same mixture.
         if abs(total - 1.0) <= 4 * np.finfo(np.float64).eps:

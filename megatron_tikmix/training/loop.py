@@ -70,7 +70,7 @@ def train(run: Run) -> None:
 
 
 def train_interval(run: Run, until: int) -> dict[str, Any]:
-    """Optimizer steps up to iteration `until`, under one mixture; the last row, not yet recorded."""
+    """Optimizer steps up to iteration `until`, under one mixture; returns the last row."""
     config, state = run.config.train, run.state
     per_pass = config.micro_batch_size * run.parallel.data_parallel_size
     batches = run.loader.interval(
@@ -123,7 +123,7 @@ def realised_mixture(run: Run) -> dict[str, float]:
     """The share of each domain among the samples of the stage so far."""
     schedule = run.state.schedule
     start = schedule.stages[-1]
-    counts_D = schedule.domain_counts(run.state.consumed_samples) - start.start_counts
+    counts_D = schedule.domain_counts(run.state.consumed_samples) - start.start_counts_D
     total = max(int(counts_D.sum()), 1)
     return {name: int(count) / total for name, count in zip(run.domains, counts_D, strict=True)}
 
@@ -133,7 +133,7 @@ def open_stage(run: Run, decision: Decision | None, task_loss: dict[str, float])
     state = run.state
     stage = state.schedule.stages[-1]
     mixture: Mixture = state.schedule.mixture(-1)
-    samples = dict(zip(run.domains, stage.start_counts.tolist(), strict=True))
+    samples = dict(zip(run.domains, stage.start_counts_D.tolist(), strict=True))
     row: dict[str, Any] = {
         "stage": len(state.ledger),
         "start_iteration": state.iteration,
@@ -160,12 +160,10 @@ def open_stage(run: Run, decision: Decision | None, task_loss: dict[str, float])
         former = Mixture(state.ledger[-1]["weights"])
         row["total_variation"] = mixture.total_variation(former)
     if decision is not None:
-        influence = decision.influence.to_json() if decision.influence else {}
+        row |= decision.influence.to_json() if decision.influence else {}
         row |= {
             "source": decision.source,
             "reason": decision.reason,
-            "influence": influence.get("values"),
-            "influence_se": influence.get("standard_error"),
             "curvature": run.config.probe.curvature,
             "total_variation_noise": decision.total_variation_noise,
             "probe_tokens": decision.probe_tokens,

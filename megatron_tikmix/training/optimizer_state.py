@@ -74,7 +74,9 @@ class OptimizerShards:
     def gradient(self) -> torch.Tensor:
         """The reduced gradient, float32 (P,); a copy."""
         return self._flat(
-            shard.parameter.main_grad.view(-1)[shard.start : shard.end] for shard in self._shards
+            # megatron-core's gradient buffer, which DistributedDataParallel gives each parameter.
+            getattr(shard.parameter, "main_grad").view(-1)[shard.start : shard.end]  # noqa: B009
+            for shard in self._shards
         )
 
     def second_moment(self) -> torch.Tensor:

@@ -72,5 +72,7 @@ def _probe(config: RunConfig, data: TrainingData) -> str:
     wanted = probe.sub_batches * probe.sub_batch_samples
     small = [s.name for s in data.streams if s.samples_per_epoch < wanted]
     if small:
-        text += f"; {', '.join(small)} have fewer than {wanted} samples, so their probes repeat some"
+        text += (
+            f"; {', '.join(small)} have fewer than {wanted} samples, so their probes repeat some"
+        )
     return text

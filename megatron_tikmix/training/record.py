@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_tikmix.config import RunConfig
+from megatron_tikmix.monitoring.history import RunHistory
 from megatron_tikmix.monitoring.report import write_report
-from megatron_tikmix.monitoring.run_files import append_jsonl, read_jsonl
+from megatron_tikmix.monitoring.run_files import RunFiles, append_jsonl, read_jsonl
 from megatron_tikmix.monitoring.tensorboard import TensorBoardWriter
 from megatron_tikmix.monitoring.terminal import Terminal
 from megatron_tikmix.parallel.initialize import Parallel
@@ -40,9 +41,7 @@ class Recorder:
             self._folder / "tensorboard",
             purge_step=state.iteration + 1 if state.iteration else None,
         )
-        self._terminal = Terminal(
-            self._config.train.train_iters, start_iteration=state.iteration
-        )
+        self._terminal = Terminal(self._config.train.train_iters, start_iteration=state.iteration)
         if state.iteration:
             plan += f"\nresumed      at iteration {state.iteration} from the newest checkpoint" + (
                 f"; {dropped} rows written after it are dropped" if dropped else ""
@@ -78,15 +77,18 @@ class Recorder:
             tokens = {name: count * length for name, count in row["domain_samples"].items()}
             self._terminal.boundary(former, row, tokens)
 
-    def finish(self, state: TrainState) -> None:
+    def finish(self) -> None:
         """Write the report, and say where everything is and what the probes cost."""
         if not self._terminal:
             return
         self.close()
         write_report(self._folder)
-        trained = state.consumed_samples * self._config.data.sequence_length
-        probed = sum(row["probe_tokens"] for row in state.ledger)
-        self._terminal.finish(self._folder, probe_token_share=probed / (probed + trained))
+        history = RunHistory(RunFiles(self._folder))
+        self._terminal.finish(
+            self._folder,
+            probe_token_share=history.probe_token_share,
+            probe_time_share=history.probe_time_share,
+        )
 
     def close(self) -> None:
         """Leave the terminal and the event file whole, also after an error."""

@@ -164,9 +164,7 @@ class Remixer:
         total, count = sum_over_ranks(
             self._shards.root_sum_and_count(second_moment_P), self._parallel
         ).tolist()
-        return DampedAdam(
-            second_moment_P, mean_root=total / count, damping=self._probe.damping
-        )
+        return DampedAdam(second_moment_P, mean_root=total / count, damping=self._probe.damping)
 
     # The decision, on the main rank only ------------------------------------------------
 
@@ -188,7 +186,7 @@ class Remixer:
         moved = mixture.total_variation(prior)
         kept = True
         if solution.status == "fallback":
-            reason = solution.message
+            reason = solution.reason
         elif moved <= noise:
             reason = (
                 f"the change of {moved:.3f} is within what noise alone would move the answer, "
@@ -218,7 +216,7 @@ class Remixer:
             alpha=remix.alpha,
             beta=remix.beta,
             gamma=remix.gamma,
-            task_weights=self._task_weights,
+            task_weights=None if remix.preset == "paper" else self._task_weights,
             preset=remix.preset,
             constraints=MixtureConstraints(max_total_variation=remix.max_total_variation),
         )

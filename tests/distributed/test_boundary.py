@@ -1,4 +1,4 @@
-"""What a boundary does to training: nothing, if the mixture stays; and a resumed run is the same."""
+"""A boundary does nothing to training if the mixture stays; a resumed run is the same run."""
 
 import json
 import shutil

@@ -65,7 +65,9 @@ def test_the_same_run_twice_gives_the_same_bits(
     settings: dict[str, Any], runs: dict[str, Path]
 ) -> None:
     launch(overridden(settings, {"model.hidden_dropout": 0.1}), ranks=2)
-    again = overridden(settings, {"model.hidden_dropout": 0.1, "run_dir": settings["run_dir"] + "2"})
+    again = overridden(
+        settings, {"model.hidden_dropout": 0.1, "run_dir": settings["run_dir"] + "2"}
+    )
     launch(again, ranks=2)
     for name in ("metrics.jsonl", "mixture.jsonl"):
         first, second = (read_rows(s["run_dir"], name) for s in (settings, again))

@@ -74,7 +74,7 @@ def test_samples_do_not_share_memory(corpus: Path) -> None:
 
 
 def test_too_few_tokens_for_a_sample_are_refused(corpus: Path) -> None:
-    with pytest.raises(InputError, match="domain low: .* do not fill one sample"):
+    with pytest.raises(InputError, match=r"domain low: .* do not fill one sample"):
         stream(corpus, length=100_000)
 
 

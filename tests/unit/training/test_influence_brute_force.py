@@ -1,49 +1,11 @@
 """Influence through the whole path equals plain torch.autograd on the whole model."""
 
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
-
 import numpy as np
-import pytest
 import torch
-import yaml
 
-from megatron_tikmix.config import load_config
 from megatron_tikmix.data.samples import Sample
-from megatron_tikmix.parallel.initialize import initialize, shut_down
-from megatron_tikmix.pretrain import build
-from megatron_tikmix.training.loop import Run, train_interval
-from tests.conftest import overridden
-
-DAMPING = 0.1
-
-
-@pytest.fixture(params=["adam", "identity"])
-def trained(
-    request: pytest.FixtureRequest, settings: dict[str, Any], tmp_path: Path
-) -> Iterator[Run]:
-    """A run of one rank after a few steps, so that there is a second moment."""
-    settings = overridden(
-        settings,
-        {
-            "probe.curvature": request.param,
-            "probe.damping": DAMPING,
-            # 4 samples a sub-batch in micro-batches of 3: the second one is padded.
-            "train.micro_batch_size": 3,
-            "train.global_batch_size": 6,
-            "remix.interval_samples": 24,
-            "train.log_interval": 100,
-        },
-    )
-    path = tmp_path / "run.yaml"
-    path.write_text(yaml.safe_dump(settings))
-    config, resolved = load_config([str(path)])
-    config.check(1)
-    run = build(config, resolved, initialize(config.model, config.seed, 5))
-    train_interval(run, until=4)
-    yield run
-    shut_down()
+from megatron_tikmix.training.loop import Run
+from tests.unit.training.conftest import DAMPING
 
 
 def whole_gradient(model: torch.nn.Module, batches: list[Sample]) -> torch.Tensor:
@@ -64,12 +26,10 @@ def second_moment(run: Run) -> torch.Tensor:
     moments = []
     for parameter in model.module.parameters():
         group, index = optimizer.model_param_group_index_map[parameter]
-        state = optimizer.optimizer.state[
-            optimizer.optimizer.param_groups[group]["params"][index]
-        ]
+        state = optimizer.optimizer.state[optimizer.optimizer.param_groups[group]["params"][index]]
         beta2 = optimizer.optimizer.param_groups[group]["betas"][1]
         assert int(state["step"]) == run.state.iteration
-        moments.append(state["exp_avg_sq"].double() / (1 - beta2 ** run.state.iteration))
+        moments.append(state["exp_avg_sq"].double() / (1 - beta2**run.state.iteration))
     return torch.cat(moments)
 
 

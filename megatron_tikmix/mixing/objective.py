@@ -1,0 +1,114 @@
+"""The objective that TiKMiX-D minimises (paper, section 3.3; method.md, section 2)."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+
+V_REF = 4.0
+"""The gain of this many tasks weighs against the entropy, however many tasks there are."""
+
+_TINY = 1e-12  # weights below it get a straight line instead of −w·ln w, whose slope is infinite
+
+
+@dataclass(frozen=True, eq=False)
+class Objective:
+    """L(w) = α·std(P̂) − β·gain(P̂) − γ·H(w), to be minimised; convex in w.
+
+        P̂_V = rows_VD w_D                 influence gained per task, in normalised rows
+        std  = sqrt(Σ_i u_i (P̂_i − m)²)   m = Σ_i u_i P̂_i; population standard deviation
+        gain = gain_scale · Σ_i u_i P̂_i
+        H    = −Σ_j w_j ln w_j
+
+    The parts in P̂ take P̂ itself, float64 (V,), so that they hold for any way to predict it.
+    Make one with :meth:`of`.
+    """
+
+    rows_VD: Array
+    """Normalised influence S_ij / n_i, n_i = max_j |S_ij|; zero where n_i = 0."""
+
+    task_weights_V: Array
+    """u_i: sum to 1 over the rows that are not zero, 0 for the others, which drop out."""
+
+    gain_scale: float
+    """V_REF; the number of rows that are not zero with the preset `paper` (the raw sum)."""
+
+    alpha: float
+    beta: float
+    gamma: float
+
+    @classmethod
+    def of(
+        cls,
+        influence_VD: Array,
+        *,
+        alpha: float = 1.0,
+        beta: float = 1.0,
+        gamma: float = 1.0,
+        task_weights_V: Array | None = None,
+        preset: Literal["paper"] | None = None,
+    ) -> "Objective":
+        """The objective for an influence matrix (V, D) in the benefit sign, of any row scale.
+
+        `task_weights_V` (default: equal) need not sum to 1.
+        """
+        largest_V1 = np.abs(influence_VD).max(axis=1, keepdims=True)
+        kept_V = largest_V1[:, 0] > 0
+        weights_V = np.where(kept_V, 1.0 if task_weights_V is None else task_weights_V, 0.0)
+        return cls(
+            rows_VD=influence_VD / np.where(largest_V1 > 0, largest_V1, 1.0),
+            task_weights_V=weights_V / (weights_V.sum() or 1.0),
+            gain_scale=float(kept_V.sum()) if preset == "paper" else V_REF,
+            alpha=alpha,
+            beta=beta,
+            gamma=gamma,
+        )
+
+    def uniformity(self, gains_V: Array, smoothing: float = 0.0) -> tuple[float, Array]:
+        """std(P̂) and its gradient (V,).
+
+        std has a kink at 0. There the gradient is 0, which is a subgradient: std is least there.
+        A solver needs more: with `smoothing` = ε, std below ε becomes the parabola
+        (std²/ε + ε)/2. It joins with the same slope, is convex, too high by at most ε/2, and its
+        gradient (P̂ − m)·u/ε runs through the subgradients of the kink.
+        """
+        centred_V = gains_V - self.task_weights_V @ gains_V
+        std = float(np.sqrt(self.task_weights_V @ centred_V**2))
+        if std < smoothing:
+            value = (std * std / smoothing + smoothing) / 2
+            return value, self.task_weights_V * centred_V / smoothing
+        if std == 0.0:
+            return 0.0, np.zeros_like(gains_V)
+        return std, self.task_weights_V * centred_V / std
+
+    def gain(self, gains_V: Array) -> tuple[float, Array]:
+        """gain_scale · Σ_i u_i P̂_i and its gradient (V,)."""
+        gradient_V = self.gain_scale * self.task_weights_V
+        return float(gradient_V @ gains_V), gradient_V
+
+    def diversity(self, weights_D: Array) -> tuple[float, Array]:
+        """Entropy of the mixture, natural log, and its gradient (D,).
+
+        Below 1e-12 a weight's −w·ln w goes on as a straight line: the value is off by at most
+        1e-12, and the slope at 0 stays finite.
+        """
+        log_D = np.log(np.maximum(weights_D, _TINY))
+        terms_D = np.where(weights_D > _TINY, -weights_D * log_D, _TINY - weights_D * (log_D + 1))
+        return float(terms_D.sum()), -(log_D + 1)
+
+    def value(self, weights_D: Array) -> float:
+        """L(w)."""
+        return self.value_and_gradient(weights_D)[0]
+
+    def value_and_gradient(self, weights_D: Array, smoothing: float = 0.0) -> tuple[float, Array]:
+        """L(w) and its gradient (D,); `smoothing` as in :meth:`uniformity`."""
+        gains_V = self.rows_VD @ weights_D
+        uniformity, uniformity_V = self.uniformity(gains_V, smoothing)
+        gain, gain_V = self.gain(gains_V)
+        diversity, diversity_D = self.diversity(weights_D)
+        value = self.alpha * uniformity - self.beta * gain - self.gamma * diversity
+        gradient_V = self.alpha * uniformity_V - self.beta * gain_V
+        return value, self.rows_VD.T @ gradient_V - self.gamma * diversity_D

@@ -1,0 +1,112 @@
+"""The configuration: overrides, round trip, help, and derived fields."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from megatron_tikmix.config import load_config
+from megatron_tikmix.errors import InputError
+from tests.conftest import ROOT, overridden
+
+
+@pytest.fixture
+def path(settings: dict[str, Any], tmp_path: Path) -> str:
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(settings))
+    return str(file)
+
+
+def test_the_resolved_configuration_gives_the_same_run(path: str, tmp_path: Path) -> None:
+    """Every field is in it, those of megatron-core too."""
+    arguments = [path, "--model.qk_layernorm", "true", "--optimizer.lr", "0.5"]
+    config, resolved = load_config(arguments)
+    again = tmp_path / "resolved.yaml"
+    again.write_text(resolved)
+    config_again, resolved_again = load_config([str(again)])
+    assert yaml.safe_load(resolved_again) == yaml.safe_load(resolved)
+    assert config_again.model.qk_layernorm
+    assert config_again.optimizer == config.optimizer
+    assert config_again.train == config.train
+    assert yaml.safe_load(resolved)["optimizer"]["lr"] == 0.5
+
+
+def test_the_command_line_overrides_the_file(path: str) -> None:
+    config, _ = load_config([path, "--train.train_iters", "77", "--run_dir", "elsewhere"])
+    assert (config.train.train_iters, config.run_dir) == (77, "elsewhere")
+    assert config.train.micro_batch_size == 2, "the rest is the file's"
+
+
+def test_bf16_settles_every_type(path: str) -> None:
+    config, _ = load_config([path, "--model.bf16", "true"])
+    assert config.model.params_dtype == config.model.pipeline_dtype == torch.bfloat16
+    assert config.optimizer.bf16
+    assert config.optimizer.params_dtype == torch.bfloat16
+
+
+def test_the_distributed_optimizer_is_always_used(path: str) -> None:
+    config, _ = load_config([path])
+    assert config.optimizer.use_distributed_optimizer
+    assert config.ddp.use_distributed_optimizer
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--model.num_layer", "3"], "did you mean model.num_layers?"),
+        (["--remix.interval_sample", "3"], "did you mean remix.interval_samples?"),
+        (["--remix.policy", "magic"], "remix.policy"),
+        (["--remix.gamma", "-1"], "remix.gamma must not be negative"),
+        (["--remix.max_total_variation", "0"], "remix.max_total_variation"),
+        (["--tasks", "{}"], "tasks must name"),
+        (["--tasks", "{'a b': {domain: low}}"], "tasks.a b"),
+        (["--scheduler.lr_decay_style", "WSD"], "lr_wsd_decay_iters"),
+    ],
+)
+def test_refusals(path: str, arguments: list[str], words: str) -> None:
+    with pytest.raises(InputError, match=r"(?s)" + words.replace("?", r"\?")) as caught:
+        load_config([path, *arguments])
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_and_broken_files_are_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"nowhere\.yaml: no such configuration file"):
+        load_config(["nowhere.yaml"])
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("model: [")
+    with pytest.raises(InputError, match=r"broken\.yaml"):
+        load_config([str(broken)])
+
+
+def test_interleaved_stages_must_divide_the_layers(settings: dict[str, Any], path: str) -> None:
+    config, _ = load_config([path, "--model.pipeline_model_parallel_size", "4"])
+    with pytest.raises(InputError, match="num_layers"):
+        config.check(4)
+    assert overridden(settings, {"a.b": 1})["a"] == {"b": 1}
+
+
+def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        load_config(["--help"])
+    assert caught.value.code == 0
+    text = capsys.readouterr().out
+    for words in (
+        "torchrun --nproc-per-node",
+        "--remix.max_total_variation",
+        "Largest change of the mixture per reset",
+        "--model.tensor_model_parallel_size",
+    ):
+        assert words in text
+    assert "moe_router" not in text, "megatron-core's rare fields would drown the rest"
+
+
+@pytest.mark.parametrize(
+    "example", sorted((ROOT / "examples").glob("*.yaml")), ids=lambda p: p.name
+)
+def test_examples_are_valid(example: Path) -> None:
+    config, _ = load_config([str(example)])
+    config.check(
+        config.model.tensor_model_parallel_size * config.model.pipeline_model_parallel_size
+    )

@@ -1,0 +1,43 @@
+"""A run of one rank in this process, trained for a few steps."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from megatron_tikmix.config import load_config
+from megatron_tikmix.parallel.initialize import initialize, shut_down
+from megatron_tikmix.pretrain import build
+from megatron_tikmix.training.loop import Run, train_interval
+from tests.conftest import overridden
+
+DAMPING = 0.1
+
+
+@pytest.fixture(params=["adam", "identity"])
+def trained(
+    request: pytest.FixtureRequest, settings: dict[str, Any], tmp_path: Path
+) -> Iterator[Run]:
+    """A run of one rank after a few steps, so that there is a second moment."""
+    settings = overridden(
+        settings,
+        {
+            "probe.curvature": request.param,
+            "probe.damping": DAMPING,
+            # 4 samples a sub-batch in micro-batches of 3: the second one is padded.
+            "train.micro_batch_size": 3,
+            "train.global_batch_size": 6,
+            "remix.interval_samples": 24,
+            "train.log_interval": 100,
+        },
+    )
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    config, resolved = load_config([str(path)])
+    config.check(1)
+    run = build(config, resolved, initialize(config.model, config.seed, 5))
+    train_interval(run, until=4)
+    yield run
+    shut_down()
