@@ -53,6 +53,10 @@ class GPTConfig(TransformerConfig):
         self.params_dtype = self.pipeline_dtype = torch.bfloat16 if self.bf16 else torch.float32
         # With overlap_p2p_comm an output would be freed before its send is waited for.
         self.deallocate_pipeline_outputs = False
+        if self.virtual_pipeline_model_parallel_size:
+            # Interleaved without overlap, two stages mix up their messages: the losses are wrong,
+            # and nothing says so. Overlapping is also what Megatron does unless told otherwise.
+            self.overlap_p2p_comm, self.batch_p2p_comm = True, False
         super().__post_init__()
 
 
@@ -295,6 +299,8 @@ class RunConfig:
         self.optimizer.params_dtype = self.model.params_dtype
         self.optimizer.use_distributed_optimizer = True
         self.ddp.use_distributed_optimizer = True
+        # As Megatron does: bf16 gradients are accumulated and reduced in float32.
+        self.ddp.grad_reduce_in_fp32 = self.ddp.grad_reduce_in_fp32 or self.model.bf16
         if self.optimizer.min_lr is None:
             self.optimizer.min_lr = 0.0
 
@@ -319,6 +325,7 @@ class RunConfig:
         """
         self._check_supported()
         self._check_layout(world_size)
+        self._check_schedule()
         self._check_boundaries()
 
     def _check_supported(self) -> None:
@@ -329,6 +336,10 @@ class RunConfig:
             "model.num_moe_experts": model.num_moe_experts is not None,
             "model.mtp_num_layers": bool(model.mtp_num_layers),
             "model.fp16": model.fp16,
+            # megatron-core's norm of plain torch refuses it; those of TE and Apex need a GPU.
+            "model.sequence_parallel without a GPU": (
+                model.sequence_parallel and not torch.cuda.is_available()
+            ),
             "model.fp8": bool(model.fp8),
             "ddp.use_megatron_fsdp": self.ddp.use_megatron_fsdp,
             "ddp.num_distributed_optimizer_instances": (
@@ -374,6 +385,18 @@ class RunConfig:
             f"({train.global_batch_size}) must be a multiple of micro_batch_size "
             f"{train.micro_batch_size} × {self.data_parallel_size(world_size)} data-parallel "
             f"ranks = {step}",
+        )
+
+    def _check_schedule(self) -> None:
+        lr, min_lr = self.optimizer.lr, self.optimizer.min_lr
+        require(lr is not None and lr > 0, "optimizer.lr", "must be given, and positive")
+        require(0 <= min_lr <= lr, "optimizer.min_lr", f"({min_lr}) must be from 0 to lr {lr}")
+        decay_iters = self.scheduler.lr_decay_iters or self.train.train_iters
+        require(
+            self.scheduler.lr_warmup_iters < decay_iters,
+            "scheduler.lr_warmup_iters",
+            f"({self.scheduler.lr_warmup_iters}) must be fewer than the {decay_iters} iterations "
+            f"of the schedule",
         )
 
     def _check_boundaries(self) -> None:

@@ -31,17 +31,16 @@ def pretrain(config: RunConfig, resolved: str) -> None:
     Raises:
         InputError: the configuration or the data cannot be trained on; nothing was written.
     """
-    _, local_rank, world_size = launched_world()
+    _, _, world_size = launched_world()
     config.check(world_size)
     if config.dry_run:
         print(describe(config, world_size, TrainingData(config)))
         return
     parallel = initialize(config.model, config.seed, config.timeout_minutes)
     try:
-        # One rank of each machine reads the files' headers: enough to see what is missing there.
-        agree_on_input(_problem_with_data(config) if local_rank == 0 else None, parallel)
-        run = build(config, resolved, parallel)
-        run.recorder.begin(describe(config, world_size, TrainingData(config)), run.state)
+        data = open_together(config, parallel)
+        run = build(config, resolved, data, parallel)
+        run.recorder.begin(describe(config, world_size, data), run.state)
         try:
             train(run)
         finally:
@@ -51,17 +50,20 @@ def pretrain(config: RunConfig, resolved: str) -> None:
         shut_down()
 
 
-def _problem_with_data(config: RunConfig) -> InputError | None:
+def open_together(config: RunConfig, parallel: Parallel) -> TrainingData:
+    """The data, on every rank or on none: a file missing on one machine stops all. Collective."""
+    data, problem = None, None
     try:
-        TrainingData(config)
+        data = TrainingData(config)
     except InputError as error:
-        return error
-    return None
+        problem = error
+    agree_on_input(problem, parallel)
+    assert data is not None
+    return data
 
 
-def build(config: RunConfig, resolved: str, parallel: Parallel) -> Run:
+def build(config: RunConfig, resolved: str, data: TrainingData, parallel: Parallel) -> Run:
     """All that a run is made of; brought back to the newest checkpoint in run_dir, if any."""
-    data = TrainingData(config)
     model = build_model(
         config.model,
         config.ddp,

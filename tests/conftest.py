@@ -76,7 +76,7 @@ def settings(corpus: Path, tmp_path: Path) -> dict[str, Any]:
     return {
         "run_dir": str(tmp_path / "run"),
         "model": {
-            "num_layers": 2,
+            "num_layers": 4,
             "hidden_size": 32,
             "num_attention_heads": 4,
             "ffn_hidden_size": 64,

@@ -90,7 +90,7 @@ class Mixture(Mapping[str, float]):
     @property
     def effective_domains(self) -> float:
         """exp(entropy), natural log: D for a uniform mixture of D domains, 1 for one domain."""
-        return math.exp(-sum(weight * math.log(weight) for weight in self.values() if weight > 0))
+        return math.exp(-math.fsum(w * math.log(w) for w in self.values() if w > 0))
 
     def array(self, domains: Sequence[str] | None = None) -> NDArray[np.float64]:
         """The weights as float64 (D,), in the order of `domains` (default: the mixture's own).
@@ -127,7 +127,7 @@ class Mixture(Mapping[str, float]):
 
     def total_variation(self, other: "Mixture") -> float:
         """Half the summed absolute difference of the weights, from 0 to 1."""
-        return 0.5 * float(np.abs(self.array() - other.array(self.domains)).sum())
+        return 0.5 * math.fsum(np.abs(self.array() - other.array(self.domains)))
 
     def to_json(self) -> dict[str, float]:
         """The weights as a plain dict."""

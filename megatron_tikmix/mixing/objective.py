@@ -12,6 +12,7 @@ V_REF = 4.0
 """The gain of this many tasks weighs against the entropy, however many tasks there are."""
 
 _TINY = 1e-12  # weights below it get a straight line instead of −w·ln w, whose slope is infinite
+_ROUNDING = 1e-15  # a std below so much of the gains is 0, with a direction made of rounding
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,8 +81,8 @@ class Objective:
         if std < smoothing:
             value = (std * std / smoothing + smoothing) / 2
             return value, self.task_weights_V * centred_V / smoothing
-        if std == 0.0:
-            return 0.0, np.zeros_like(gains_V)
+        if std <= _ROUNDING * np.abs(gains_V).max():
+            return std, np.zeros_like(gains_V)
         return std, self.task_weights_V * centred_V / std
 
     def gain(self, gains_V: Array) -> tuple[float, Array]:

@@ -107,7 +107,7 @@ class _Problem:
         The variables are p, q ≥ 0 with w = prior + p − q: so the total variation is Σp, and the
         bounds on w are bounds on p and q.
         """
-        moves, bounds, constraints = self._start(), self._bounds(), self._linear_constraint()
+        moves, bounds, constraints = self._start(), self._bounds(), self._linear_constraints()
 
         def value_and_gradient(moves: Array, smoothing: float) -> tuple[float, Array]:
             value, slope_D = self.objective.value_and_gradient(self._mixture(moves), smoothing)
@@ -161,17 +161,15 @@ class _Problem:
         least = np.concatenate([-surplus_D, -room_D])  # above 0 where the prior breaks a bound
         return Bounds(least.clip(min=0), np.concatenate([room_D, surplus_D]).clip(min=0))
 
-    def _linear_constraint(self) -> LinearConstraint:
+    def _linear_constraints(self) -> list[LinearConstraint]:
         """Σp − Σq = 0, Σp ≤ limit and, where it is asked for, Pareto."""
         ones_D, zeros_D = np.ones_like(self.prior_D), np.zeros_like(self.prior_D)
         rows_VD = self.objective.rows_VD if self.constraints.pareto else np.empty((0, len(ones_D)))
-        zeros_V = np.zeros(len(rows_VD))
-        matrix = np.block([[ones_D, -ones_D], [ones_D, zeros_D], [rows_VD, -rows_VD]])
-        return LinearConstraint(
-            matrix,
-            np.concatenate([[0.0, -np.inf], zeros_V]),
-            np.concatenate([[0.0, self._limit], zeros_V + np.inf]),
-        )
+        least = np.concatenate([[-self._limit], np.zeros(len(rows_VD))])
+        return [
+            LinearConstraint(np.block([ones_D, -ones_D])[None], 0.0, 0.0),
+            LinearConstraint(np.block([[-ones_D, zeros_D], [rows_VD, -rows_VD]]), least, np.inf),
+        ]
 
     def slacks(self, weights_D: Array) -> dict[str, float]:
         """What is left of every constraint, by name."""

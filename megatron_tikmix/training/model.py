@@ -115,7 +115,8 @@ def initialize_parameters(
         layer = tensor.global_offset[: tensor.prepend_axis_num]
         shape = tensor.global_shape[tensor.prepend_axis_num :]
         offset = tensor.global_offset[tensor.prepend_axis_num :]
-        with torch.random.fork_rng():
+        devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+        with torch.random.fork_rng(devices=devices):
             torch.manual_seed(derived_seed(seed, tensor.key, *layer))
             whole = torch.empty(shape, dtype=torch.float32, device=tensor.data.device)
             _initialization(tensor.key, config)(whole)

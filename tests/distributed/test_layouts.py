@@ -12,6 +12,10 @@ LAYOUTS = {
     "data parallel": {},
     "tensor parallel": {"model.tensor_model_parallel_size": 2},
     "pipeline parallel": {"model.pipeline_model_parallel_size": 2},
+    "interleaved pipeline parallel": {
+        "model.pipeline_model_parallel_size": 2,
+        "model.virtual_pipeline_model_parallel_size": 2,
+    },
 }
 
 

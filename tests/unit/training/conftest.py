@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from megatron_tikmix.config import load_config
+from megatron_tikmix.data.builder import TrainingData
 from megatron_tikmix.parallel.initialize import initialize, shut_down
 from megatron_tikmix.pretrain import build
 from megatron_tikmix.training.loop import Run, train_interval
@@ -37,7 +38,8 @@ def trained(
     path.write_text(yaml.safe_dump(settings))
     config, resolved = load_config([str(path)])
     config.check(1)
-    run = build(config, resolved, initialize(config.model, config.seed, 5))
+    parallel = initialize(config.model, config.seed, 5)
+    run = build(config, resolved, TrainingData(config), parallel)
     train_interval(run, until=4)
     yield run
     shut_down()

@@ -1,0 +1,392 @@
+import json
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.optimize import linprog, minimize
+
+from megatron_tikmix.errors import InputError
+from megatron_tikmix.mixing import (
+    InfluenceMatrix,
+    Mixture,
+    MixtureConstraints,
+    Objective,
+    solve_tikmix_d,
+    tikmix_d,
+)
+
+seeds = given(st.integers(0, 2**32 - 1))
+some = settings(deadline=None, max_examples=25)
+
+FREE = MixtureConstraints(max_total_variation=None, pareto=False)
+
+
+def named(influence_VD, prior_D):
+    influence_VD = np.asarray(influence_VD, dtype=float)
+    domains = [f"domain{d:03}" for d in range(influence_VD.shape[1])]
+    tasks = [f"task{v:03}" for v in range(influence_VD.shape[0])]
+    prior = Mixture(dict(zip(domains, np.asarray(prior_D).tolist(), strict=True)))
+    return InfluenceMatrix(influence_VD, domains=domains, tasks=tasks), prior
+
+
+def random_case(seed, most_domains=12):
+    """A matrix of one of the kinds that are hard, a prior, and the solver's options."""
+    rng = np.random.default_rng(seed)
+    tasks, domains = int(rng.choice([1, 2, 4, 9])), int(rng.integers(1, most_domains + 1))
+    influence_VD = rng.normal(size=(tasks, domains))
+    kind = rng.integers(6)
+    if kind == 1:
+        influence_VD = -abs(influence_VD)
+    elif kind == 2:
+        influence_VD = abs(influence_VD[:1]) + 0.1 * influence_VD  # tasks that agree
+    elif kind == 3:
+        influence_VD[:, -1] = 0
+    elif kind == 4:
+        influence_VD[-1] = 0
+    elif kind == 5:
+        influence_VD[:, -1] = influence_VD[:, 0]
+    prior_D = rng.dirichlet(np.full(domains, rng.choice([0.3, 1, 10])))
+    options = {
+        "alpha": float(rng.choice([0, 1, 1, 3])),
+        "gamma": float(rng.choice([1, 1, 0.5, 0.25])),
+        "constraints": MixtureConstraints(
+            max_total_variation=rng.choice([None, 0.25, 0.25, 0.05]), pareto=bool(rng.integers(4))
+        ),
+    }
+    return rng, *named(influence_VD, prior_D), options
+
+
+def objective_of(influence, options):
+    return Objective.of(
+        influence.values_VD, alpha=options.get("alpha", 1.0), gamma=options.get("gamma", 1.0)
+    )
+
+
+def feasible_points(rng, influence, prior, constraints, count):
+    """Random mixtures within the constraints, many of them on an edge, (N, D)."""
+    prior_D = prior.array()
+    towards_ND = rng.dirichlet(np.full(len(prior_D), rng.choice([0.2, 1.0])), count) - prior_D
+    step_N = np.ones(count)
+    if constraints.max_total_variation is not None:
+        moved_N = 0.5 * abs(towards_ND).sum(axis=1)
+        step_N = np.minimum(step_N, constraints.max_total_variation / np.maximum(moved_N, 1e-300))
+    points_ND = prior_D + (step_N * rng.choice([1.0, 0.5, 0.1], count))[:, None] * towards_ND
+    if constraints.pareto:
+        kept_N = ((points_ND - prior_D) @ influence.values_VD.T >= 0).all(axis=1)
+        points_ND = points_ND[kept_N]
+    return np.vstack([prior_D, points_ND])
+
+
+@seeds
+@some
+def test_no_feasible_point_is_better(seed):
+    rng, influence, prior, options = random_case(seed)
+    solution = solve_tikmix_d(influence, prior, **options)
+    objective = objective_of(influence, options)
+    points_ND = feasible_points(rng, influence, prior, options["constraints"], 3000)
+    # Half-way to the answer the neighbourhood of the optimum is tried as well.
+    nearer_ND = solution.mixture.array() + 0.01 * (points_ND - solution.mixture.array())
+    best = min(objective.value(weights_D) for weights_D in np.vstack([points_ND, nearer_ND]))
+    assert solution.objective <= best + 1e-7
+    assert solution.objective == pytest.approx(objective.value(solution.mixture.array()))
+
+
+@seeds
+@some
+def test_a_linear_program_certifies_the_answer(seed):
+    """L is convex: L(w) − L(y) ≤ g·(w − y) for every y, and the largest of it is a linear program.
+
+    g is the gradient with std smoothed by 1e-6, which moves L by at most α·5e-7.
+    """
+    _, influence, prior, options = random_case(seed)
+    solution = solve_tikmix_d(influence, prior, **options)
+    weights_D, prior_D = solution.mixture.array(), prior.array()
+    objective, constraints = objective_of(influence, options), options["constraints"]
+    slope_D = objective.value_and_gradient(weights_D, smoothing=1e-6)[1]
+    identity, rows_VD = np.eye(len(prior_D)), objective.rows_VD
+    # Variables (y, t): t ≥ |y − prior|, Σt ≤ 2·limit, rows·y ≥ rows·prior.
+    above = np.vstack(
+        [
+            np.hstack([identity, -identity]),
+            np.hstack([-identity, -identity]),
+            np.hstack([0 * prior_D, 0 * prior_D + 1])[None],
+            np.hstack([-rows_VD, 0 * rows_VD])[: len(rows_VD) * constraints.pareto],
+        ]
+    )
+    limit = 2 * (constraints.max_total_variation or 1.0)
+    at_most = np.concatenate([prior_D, -prior_D, [limit], -(rows_VD @ prior_D)])[: len(above)]
+    best = linprog(
+        np.concatenate([slope_D, 0 * slope_D]),
+        A_ub=above,
+        b_ub=at_most,
+        A_eq=np.concatenate([0 * prior_D + 1, 0 * prior_D])[None],
+        b_eq=[1.0],
+    )
+    assert best.status == 0
+    assert slope_D @ weights_D - best.fun <= 3e-6
+
+
+@seeds
+@some
+def test_constraints_hold(seed):
+    _, influence, prior, options = random_case(seed)
+    solution = solve_tikmix_d(influence, prior, **options)
+    assert solution.status == "solved"
+    weights_D, prior_D, constraints = (
+        solution.mixture.array(),
+        prior.array(),
+        options["constraints"],
+    )
+    assert weights_D.min() >= 0
+    assert weights_D.sum() == pytest.approx(1, abs=1e-12)
+    if constraints.max_total_variation is not None:
+        assert 0.5 * abs(weights_D - prior_D).sum() <= constraints.max_total_variation + 1e-12
+    if constraints.pareto:
+        largest_V = abs(influence.values_VD).max(axis=1)
+        assert (influence.values_VD @ (weights_D - prior_D) >= -1e-8 * largest_V).all()
+
+
+def test_pareto_protects_a_task_that_would_lose():
+    influence, prior = named([[3.0, 1, 1], [3.0, 1, 1], [-1.0, 0, 0]], [0.2, 0.4, 0.4])
+    free = solve_tikmix_d(influence, prior, alpha=0, constraints=FREE)
+    kept = solve_tikmix_d(influence, prior, alpha=0)
+    assert free.gain_after["task002"] < free.gain_before["task002"] - 0.1
+    assert kept.gain_after["task002"] == pytest.approx(kept.gain_before["task002"], abs=1e-8)
+    assert "pareto:task002" in kept.active_constraints
+    assert "pareto:task002" not in free.active_constraints
+
+
+def test_one_task_has_a_closed_form():
+    rng = np.random.default_rng(0)
+    row_D = rng.normal(size=10)
+    influence, prior = named([7.0 * row_D], rng.dirichlet(np.ones(10)))
+    solution = solve_tikmix_d(influence, prior, beta=0.8, gamma=0.3, constraints=FREE)
+    expected_D = np.exp(0.8 * 4 * row_D / abs(row_D).max() / 0.3)
+    np.testing.assert_allclose(solution.mixture.array(), expected_D / expected_D.sum(), atol=1e-7)
+
+
+@pytest.mark.parametrize("limit", [None, 0.1])
+def test_two_domains_against_a_fine_grid(limit):
+    constraints = MixtureConstraints(max_total_variation=limit)
+    for seed in range(12):
+        rng = np.random.default_rng(seed)
+        influence, prior = named(rng.normal(size=(int(rng.integers(1, 4)), 2)), [0.3, 0.7])
+        solution = solve_tikmix_d(influence, prior, constraints=constraints)
+        objective = objective_of(influence, {})
+        grid = [
+            (objective.value(np.array([x, 1 - x])), x)
+            for x in np.append(np.linspace(0, 1, 4001), 0.3)
+            if (influence.values_VD @ [x - 0.3, 0.3 - x] >= 0).all()
+            and abs(x - 0.3) <= (limit or 1)
+        ]
+        assert solution.mixture["domain000"] == pytest.approx(min(grid)[1], abs=3e-4)
+        assert solution.objective <= min(grid)[0] + 1e-9
+
+
+def test_the_kink_where_all_tasks_gain_alike_is_found():
+    # Mirror images: whatever alpha, nothing but w_0 = w_1 lets both tasks gain alike.
+    influence, prior = named([[1.0, 0.2, 0.0], [0.2, 1.0, 0.0]], [0.5, 0.3, 0.2])
+    solution = solve_tikmix_d(influence, prior, alpha=5, constraints=FREE)
+    assert solution.uniformity < 1e-7
+    first, second, third = solution.mixture.array()
+    assert first == pytest.approx(second, abs=1e-7)
+    # On the line w_0 = w_1 what is left is an entropy with slope 4·0.6 for each of the two.
+    assert first / third == pytest.approx(math.exp(4 * 0.6), rel=1e-6)
+
+
+def test_another_solver_agrees():
+    rng = np.random.default_rng(3)
+    influence, prior = named(rng.normal(size=(3, 5)), rng.dirichlet(np.full(5, 5.0)))
+    constraints = MixtureConstraints(max_total_variation=None)
+    ours = solve_tikmix_d(influence, prior, constraints=constraints)
+    assert ours.uniformity > 0.01  # away from the kink, where the other one cannot follow
+    objective, prior_D = objective_of(influence, {}), prior.array()
+    other = minimize(
+        objective.value,
+        prior_D,
+        method="trust-constr",
+        bounds=[(1e-9, 1)] * 5,
+        constraints=[
+            {"type": "eq", "fun": lambda w: w.sum() - 1},
+            {"type": "ineq", "fun": lambda w: objective.rows_VD @ (w - prior_D)},
+        ],
+        options={"gtol": 1e-9, "xtol": 1e-12, "maxiter": 2000},
+    )
+    np.testing.assert_allclose(ours.mixture.array(), other.x, atol=1e-5)
+
+
+@seeds
+@some
+def test_the_order_of_domains_and_tasks_does_not_matter(seed):
+    rng, influence, prior, options = random_case(seed)
+    domains = rng.permutation(list(influence.domains)).tolist()
+    tasks = rng.permutation(list(influence.tasks)).tolist()
+    nested = influence.to_json()["influence"]
+    shuffled = InfluenceMatrix(
+        [[nested[task][domain] for domain in domains] for task in tasks],
+        domains=domains,
+        tasks=tasks,
+    )
+    one = solve_tikmix_d(influence, prior, **options)
+    other = solve_tikmix_d(shuffled, Mixture({name: prior[name] for name in domains}), **options)
+    assert one == other
+    assert list(other.mixture) == domains
+    assert list(other.gain_after) == tasks
+
+
+@seeds
+@some
+def test_names_and_the_scale_of_rows_do_not_matter(seed):
+    """Renamed, the domains are solved in another order; scaled, rows are rounded differently."""
+    rng, influence, prior, options = random_case(seed)
+    order = rng.permutation(len(influence.domains))
+    scale_V1 = 10.0 ** rng.uniform(-9, 9, (len(influence.tasks), 1))
+    renamed = named((influence.values_VD * scale_V1)[::-1, order], prior.array()[order])
+    one = solve_tikmix_d(influence, prior, **options).mixture.array()
+    other = solve_tikmix_d(*renamed, **options).mixture.array()
+    np.testing.assert_allclose(other, one[order], atol=1e-6)
+
+
+def test_domains_that_are_the_same_get_the_same():
+    influence, prior = named([[1.0, 0.3, 1.0], [0.4, 0.9, 0.4]], [0.4, 0.2, 0.4])
+    weights_D = solve_tikmix_d(influence, prior).mixture.array()
+    assert weights_D[0] == pytest.approx(weights_D[2], abs=1e-7)
+
+
+def test_without_any_influence_the_entropy_decides():
+    influence, prior = named(np.zeros((2, 4)), [0.7, 0.1, 0.1, 0.1])
+    free = solve_tikmix_d(influence, prior, constraints=FREE)
+    np.testing.assert_allclose(free.mixture.array(), 0.25, atol=1e-7)
+    limited = solve_tikmix_d(influence, prior)
+    assert limited.total_variation == pytest.approx(0.25, abs=1e-9)
+    np.testing.assert_allclose(limited.mixture.array(), [0.45] + 3 * [0.55 / 3], atol=1e-7)
+    assert limited.gain_after == {"task000": 0.0, "task001": 0.0}
+
+
+def test_bounds_hold_and_bring_back_a_prior_that_breaks_them():
+    influence, prior = named([[1.0, 0.5, 0.2]], [0.1, 0.1, 0.8])
+    constraints = MixtureConstraints(
+        lower={"domain002": 0.2}, upper={"domain002": 0.7, "domain000": 0.25}
+    )
+    solution = solve_tikmix_d(influence, prior, gamma=0.1, constraints=constraints)
+    assert solution.status == "solved"
+    np.testing.assert_allclose(solution.mixture.array(), [0.25, 0.2, 0.55], atol=1e-7)
+    assert solution.active_constraints == ["upper:domain000", "total_variation"]
+
+
+def test_constraints_that_conflict_keep_the_prior_and_say_which():
+    influence, prior = named([[1.0, 0.0]], [0.8, 0.2])
+    constraints = MixtureConstraints(upper={"domain000": 0.7})
+    solution = solve_tikmix_d(influence, prior, constraints=constraints)
+    assert solution.status == "fallback"
+    assert solution.mixture == prior
+    assert "breaks the constraint" in solution.reason
+    assert solution.gain_after == solution.gain_before == {"task000": 0.8}
+    assert solution.total_variation == 0
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [(np.nan, "not finite"), ([0, 0, 0.5, 0.5, 0, 0], "pareto"), ([0] * 6, None)],
+)
+def test_a_solver_that_fails_is_not_believed(monkeypatch, answer, reason):
+    def broken(function, start, **_):
+        moves = np.broadcast_to(np.asarray(answer, float), start.shape)
+        return SimpleNamespace(x=moves, nit=1, status=9, message="gave up")
+
+    monkeypatch.setattr(tikmix_d, "minimize", broken)
+    influence, prior = named([[1.0, 0.5, 0.1], [0.5, 1.0, 0.1]], [0.5, 0.4, 0.1])
+    solution = solve_tikmix_d(influence, prior)
+    assert solution.mixture == prior
+    assert solution.status == ("fallback" if reason else "solved")
+    assert (reason or "") in solution.reason
+    assert (solution.solver_status, solution.solver_message) == (9, "gave up")
+
+
+def test_an_answer_worse_than_the_prior_is_not_used(monkeypatch):
+    influence, prior = named([[1.0, 1.0]], [0.5, 0.5])
+    worse = SimpleNamespace(x=np.array([0.2, 0, 0, 0.2]), nit=1, status=0, message="done")
+    monkeypatch.setattr(tikmix_d, "minimize", lambda *_, **__: worse)
+    solution = solve_tikmix_d(influence, prior)
+    assert solution.mixture == prior
+    assert "worse than the prior" in solution.reason
+
+
+def test_task_weights_and_the_paper_preset_reach_the_objective():
+    influence, prior = named([[1.0, 0.0, 0.2], [0.0, 1.0, 0.2], [0.1, 0.3, 1.0]], [0.3, 0.3, 0.4])
+
+    def solve(**options):
+        return solve_tikmix_d(influence, prior, constraints=FREE, **options)
+
+    plain = solve()
+    leaning = solve(task_weights={"task000": 8, "task001": 1, "task002": 1})
+    assert leaning.mixture["domain000"] > plain.mixture["domain000"] + 0.05
+    assert solve(task_weights=dict.fromkeys(influence.tasks, 5)).mixture == plain.mixture
+    paper = solve(preset="paper")
+    assert paper.gain == pytest.approx(sum(paper.gain_after.values()))
+    assert plain.gain == pytest.approx(4 / 3 * sum(plain.gain_after.values()))
+
+
+def test_a_solution_says_what_it_did_and_is_the_same_every_time():
+    rng = np.random.default_rng(1)
+    influence, prior = named(rng.normal(size=(4, 6)), np.full(6, 1 / 6))
+    options = {"alpha": 0.5, "beta": 2.0, "gamma": 0.7}
+    solution = solve_tikmix_d(influence, prior, **options)
+    assert solution == solve_tikmix_d(influence, prior, **options)
+    assert solution.objective == pytest.approx(
+        0.5 * solution.uniformity - 2.0 * solution.gain - 0.7 * solution.diversity
+    )
+    assert solution.effective_domains == pytest.approx(math.exp(solution.diversity))
+    for task, row in zip(influence.tasks, influence.values_VD, strict=True):
+        after = row @ solution.mixture.array() / abs(row).max()
+        assert solution.gain_after[task] == pytest.approx(after)
+    written = json.loads(json.dumps(solution.to_json()))
+    assert Mixture.from_json(written["mixture"]) == solution.mixture
+    assert written["gain_before"] == solution.gain_before
+
+
+@pytest.mark.parametrize(
+    ("options", "named_field"),
+    [
+        ({"alpha": -1.0}, "alpha"),
+        ({"gamma": math.nan}, "gamma"),
+        ({"preset": "papers"}, "preset"),
+        ({"preset": "paper", "task_weights": {"task000": 1}}, "task_weights"),
+        ({"task_weights": {"other": 1}}, "task_weights"),
+        ({"task_weights": {"task000": 0}}, "task_weights"),
+        ({"constraints": {"max_total_variation": 0}}, "max_total_variation"),
+        ({"constraints": {"max_total_variation": math.nan}}, "max_total_variation"),
+        ({"constraints": {"upper": {"other": 0.5}}}, "other"),
+        ({"constraints": {"upper": 0.3}}, "sum to"),
+        ({"constraints": {"lower": 0.6}}, "sum to"),
+        ({"constraints": {"lower": -0.1}}, "lower"),
+        ({"constraints": {"lower": {"domain001": 0.5}, "upper": {"domain001": 0.4}}}, "domain001"),
+    ],
+)
+def test_arguments_out_of_range_are_refused(options, named_field):
+    influence, prior = named([[1.0, 0.5]], [0.5, 0.5])
+    with pytest.raises(InputError, match=named_field):
+        if "constraints" in options:
+            options = {"constraints": MixtureConstraints(**options["constraints"])}
+        solve_tikmix_d(influence, prior, **options)
+
+
+def test_a_prior_over_other_domains_is_refused():
+    influence, _ = named([[1.0, 0.5]], [0.5, 0.5])
+    with pytest.raises(InputError, match="domain"):
+        solve_tikmix_d(influence, Mixture({"domain000": 1.0}))
+
+
+def test_a_useless_domain_ends_below_half_its_weight():
+    """Five domains that help their own task, and a bit the others; one that helps nobody."""
+    rng = np.random.default_rng(0)
+    prior = Mixture.uniform(["a", "b", "c", "d", "e", "noise"])
+    helps_VD = np.hstack([0.7 * np.eye(5) + 0.3, np.zeros((5, 1))])
+    for _ in range(3):
+        measured_VD = helps_VD + 0.05 * rng.normal(size=helps_VD.shape)
+        influence = InfluenceMatrix(measured_VD, domains=list(prior), tasks=list("vwxyz"))
+        prior = solve_tikmix_d(influence, prior).mixture.rounded()
+    assert prior["noise"] < 0.5 / 6
