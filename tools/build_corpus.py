@@ -106,7 +106,9 @@ def cpp_headers() -> Mapping[str, Read]:
 
 def package_prose() -> Mapping[str, Read]:
     documents: dict[str, Read] = {}
-    for package in importlib.metadata.distributions():
+    # Not all of sys.path: libraries add folders of their own to it as they are imported.
+    installed = sorted({sysconfig.get_path("purelib"), sysconfig.get_path("platlib")})
+    for package in importlib.metadata.distributions(path=installed):
         name = re.sub(r"[-_.]+", "-", package.metadata["Name"] or "").lower()
         # Our own README would make what is measured on this corpus depend on its wording.
         if name in ("", "megatron-tikmix") or f"{name}/METADATA" in documents:

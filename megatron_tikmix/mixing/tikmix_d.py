@@ -20,7 +20,7 @@ from megatron_tikmix.mixing.solution import MixtureSolution
 Array = NDArray[np.float64]
 
 _TOLERANCE = 1e-8  # a constraint may be broken by so much; within it, a constraint is active
-_SMOOTHINGS = (1e-2, 1e-5, 1e-8)  # of the kink of std; each solve starts from the last one's end
+_SMOOTHING = 1e-8  # of the kink of std: the optimum moves by at most α times half of it, in L
 
 
 def solve_tikmix_d(
@@ -107,29 +107,24 @@ class _Problem:
         The variables are p, q ≥ 0 with w = prior + p − q: so the total variation is Σp, and the
         bounds on w are bounds on p and q.
         """
-        moves, bounds, constraints = self._start(), self._bounds(), self._linear_constraints()
 
-        def value_and_gradient(moves: Array, smoothing: float) -> tuple[float, Array]:
-            value, slope_D = self.objective.value_and_gradient(self._mixture(moves), smoothing)
+        def value_and_gradient(moves: Array) -> tuple[float, Array]:
+            value, slope_D = self.objective.value_and_gradient(self._mixture(moves), _SMOOTHING)
             return value, np.concatenate([slope_D, -slope_D])
 
-        iterations = 0
-        for smoothing in _SMOOTHINGS:
-            answer = minimize(
-                value_and_gradient,
-                moves,
-                args=(smoothing,),
-                jac=True,
-                method="SLSQP",
-                bounds=bounds,
-                constraints=constraints,
-                options={"ftol": 1e-14, "maxiter": 300},
-            )
-            moves, iterations = answer.x, iterations + answer.nit
-        return self._tidied(self._mixture(moves)), {
+        answer = minimize(
+            value_and_gradient,
+            self._start(),
+            jac=True,
+            method="SLSQP",
+            bounds=self._bounds(),
+            constraints=self._linear_constraints(),
+            options={"ftol": 1e-14, "maxiter": 500},
+        )
+        return self._tidied(self._mixture(answer.x)), {
             "solver_status": int(answer.status),
             "solver_message": str(answer.message),
-            "iterations": int(iterations),
+            "iterations": int(answer.nit),
         }
 
     def _mixture(self, moves: Array) -> Array:
