@@ -59,7 +59,7 @@ def test_from_text_to_report(short: dict[str, Any]) -> None:
     assert metrics[-1]["consumed_samples"] == 12 * 16
     for row, stage in ((metrics[2], ledger[1]), (metrics[5], ledger[2])):
         assert row["task_loss"] == stage["task_loss"]
-    assert ledger[0]["weights"] == pytest.approx({name: 1 / 6 for name in ledger[0]["weights"]})
+    assert ledger[0]["weights"] == pytest.approx(dict.fromkeys(ledger[0]["weights"], 1 / 6))
     for stage in ledger[1:]:
         assert sum(stage["weights"].values()) == 1.0
         assert stage["total_variation"] <= 0.25 + 1e-6

@@ -179,6 +179,17 @@ def test_constraints_hold(seed):
         assert (influence.values_VD @ (weights_D - prior_D) >= -1e-8 * largest_V).all()
 
 
+@pytest.mark.parametrize("seed", [3, 6, 31])
+def test_the_solvers_rounding_is_not_taken_for_a_broken_limit(seed):
+    """Of a hundred domains SLSQP leaves the change up to 1e-7 above its limit."""
+    rng = np.random.default_rng(seed)
+    influence, prior = named(rng.normal(size=(1, 100)), rng.dirichlet(np.ones(100)))
+    constraints = MixtureConstraints(max_total_variation=0.02)
+    solution = solve_tikmix_d(influence, prior, beta=15, constraints=constraints)
+    assert solution.status == "solved"
+    assert solution.total_variation == pytest.approx(0.02, abs=1e-12)
+
+
 def test_pareto_protects_a_task_that_would_lose():
     influence, prior = named([[3.0, 1, 1], [3.0, 1, 1], [-1.0, 0, 0]], [0.2, 0.4, 0.4])
     free = solve_tikmix_d(influence, prior, alpha=0, constraints=FREE)
@@ -367,6 +378,7 @@ def test_a_solution_says_what_it_did_and_is_the_same_every_time():
         ({"task_weights": {"other": 1}}, "task_weights"),
         ({"task_weights": {"task000": 0}}, "task_weights"),
         ({"constraints": {"max_total_variation": 0}}, "max_total_variation"),
+        ({"constraints": {"max_total_variation": 1.5}}, "max_total_variation"),
         ({"constraints": {"max_total_variation": math.nan}}, "max_total_variation"),
         ({"constraints": {"upper": {"other": 0.5}}}, "other"),
         ({"constraints": {"upper": 0.3}}, "sum to"),
