@@ -9,6 +9,7 @@ import difflib
 import math
 import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -25,6 +26,10 @@ from megatron_tikmix.errors import InputError
 @dataclass(kw_only=True)
 class GPTConfig(TransformerConfig):
     """megatron-core's TransformerConfig, and the arguments of its GPTModel."""
+
+    # The type of megatron-core 0.19 names its argument, which the command line cannot resolve.
+    activation_func: Callable = torch.nn.functional.gelu
+    """Activation of the MLP, by its import path: `torch.nn.functional.silu`."""
 
     position_embedding_type: Literal["learned_absolute", "rope", "none"] = "rope"
     """How positions are encoded."""

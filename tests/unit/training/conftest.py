@@ -39,7 +39,9 @@ def trained(
     config, resolved = load_config([str(path)])
     config.check(1)
     parallel = initialize(config.model, config.seed, 5)
-    run = build(config, resolved, TrainingData(config), parallel)
-    train_interval(run, until=4)
-    yield run
-    shut_down()
+    try:
+        run = build(config, resolved, TrainingData(config), parallel)
+        train_interval(run, until=4)
+        yield run
+    finally:
+        shut_down()
