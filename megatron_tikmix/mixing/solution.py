@@ -19,7 +19,8 @@ class MixtureSolution:
     mixture: Mixture
 
     status: Literal["solved", "fallback"]
-    """`fallback`: the mixture is the prior, for the `reason` given."""
+    """`solved`: within the constraints, and no worse than the prior. `fallback`: the mixture is
+    the prior, for the `reason` given."""
 
     reason: str
     """Why the prior was kept, in words; empty when solved."""

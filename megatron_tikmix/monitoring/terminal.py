@@ -119,7 +119,7 @@ class Terminal:
         ]
         if few:
             parts += [f"{clean(task)} {number(loss, 4)}" for task, loss in task_loss.items()]
-        self.say(" | ".join(parts))
+        self.say(" | ".join(parts), whole_line=True)
 
     def finish(
         self,

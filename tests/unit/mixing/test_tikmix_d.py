@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.optimize import linprog
+from scipy.optimize import brentq, linprog
 
 from megatron_tikmix.errors import InputError
 from megatron_tikmix.mixing import (
@@ -228,14 +228,19 @@ def test_two_domains_against_a_fine_grid(limit):
 
 
 def test_the_kink_where_all_tasks_gain_alike_is_found():
-    # Mirror images: whatever alpha, nothing but w_0 = w_1 lets both tasks gain alike.
-    influence, prior = named([[1.0, 0.2, 0.0], [0.2, 1.0, 0.0]], [0.5, 0.3, 0.2])
+    rows_VD = np.array([[1.0, 0.2, 0.0], [0.2, 1.0, 0.4]])
+    influence, prior = named(rows_VD, [0.5, 0.3, 0.2])
+    assert solve_tikmix_d(influence, prior, alpha=0, constraints=FREE).uniformity > 0.01
     solution = solve_tikmix_d(influence, prior, alpha=5, constraints=FREE)
     assert solution.uniformity < 1e-7
-    first, second, third = solution.mixture.array()
-    assert first == pytest.approx(second, abs=1e-7)
-    # On the line w_0 = w_1 what is left is an entropy with slope 4·0.6 for each of the two.
-    assert first / third == pytest.approx(math.exp(4 * 0.6), rel=1e-6)
+
+    # Where P̂_0 = P̂_1 the optimum is w ∝ exp(4·mean row + λ·difference of rows), for one λ.
+    def mixture(multiplier):
+        weights_D = np.exp(4 * rows_VD.mean(axis=0) + multiplier * (rows_VD[0] - rows_VD[1]))
+        return weights_D / weights_D.sum()
+
+    multiplier = brentq(lambda x: np.diff(rows_VD @ mixture(x))[0], -5, 5, xtol=1e-14)
+    np.testing.assert_allclose(solution.mixture.array(), mixture(multiplier), atol=1e-7)
 
 
 @seeds
@@ -295,6 +300,14 @@ def test_bounds_hold_and_bring_back_a_prior_that_breaks_them():
     assert solution.status == "solved"
     np.testing.assert_allclose(solution.mixture.array(), [0.25, 0.2, 0.55], atol=1e-7)
     assert solution.active_constraints == ["upper:domain000", "total_variation"]
+
+
+def test_a_bound_that_the_prior_breaks_is_enforced():
+    influence, prior = named([[0.2, 0.5, 1.0]], [0.1, 0.1, 0.8])
+    constraints = MixtureConstraints(upper={"domain002": 0.7}, pareto=False)
+    solution = solve_tikmix_d(influence, prior, gamma=0.1, constraints=constraints)
+    assert solution.mixture["domain002"] == pytest.approx(0.7, abs=1e-9)
+    assert "upper:domain002" in solution.active_constraints
 
 
 def test_constraints_that_conflict_keep_the_prior_and_say_which():
