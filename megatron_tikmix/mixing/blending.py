@@ -1,6 +1,6 @@
 """Blending: integer weights -> interleaved domains, in blocks, without an index.
 
-The samples of a stage are cut in blocks of B. After n samples, n at the end of a block, each
+The samples of a stage are cut in blocks of N. After n samples, n at the end of a block, each
 domain has had ⌊n·w_j⌋ or ⌈n·w_j⌉ of them. Which of the two: in every block each domain first gets
 what brings it to the floor, and the places left go to the domains whose next sample must be out
 soonest. This is earliest-deadline-first scheduling of unit jobs: the k-th sample of domain j may
@@ -30,10 +30,10 @@ _CHECKPOINTS = 32
 class Block(NamedTuple):
     """One block of a stage, in the order its samples are drawn."""
 
-    domains_B: NDArray[np.int64]
+    domains_N: NDArray[np.int64]
     """Domain index of each sample."""
 
-    k_B: NDArray[np.int64]
+    k_N: NDArray[np.int64]
     """How many earlier samples of this stage went to that domain."""
 
 
@@ -41,11 +41,11 @@ class StageBlend:
     """The order of the domains within a stage: a pure function of weights, block size, seed, stage.
 
     Random access: counts are kept for at most 32 blocks, evenly spread over those visited, and
-    the rest is computed from the nearest one before; memory is O(D + B).
+    the rest is computed from the nearest one before; memory is O(D + N).
 
     Args:
         integer_weights: int (D,), zero or more, sum 2³⁰ (``Mixture.integer_weights``).
-        block_size: samples of a block, B.
+        block_size: samples of a block, N.
         seed: of the order within the blocks, 0 to 2⁶⁴ − 1.
         stage: index of the stage; every stage has an order of its own.
 
@@ -81,14 +81,14 @@ class StageBlend:
         """
         number, place = divmod(index, self._block_size)
         block = self.block(number)
-        return int(block.domains_B[place]), int(block.k_B[place])
+        return int(block.domains_N[place]), int(block.k_N[place])
 
     def counts(self, n_samples: int) -> Counts:
         """Samples of each domain among the first `n_samples` of the stage, int64 (D,)."""
         number, rest = divmod(n_samples, self._block_size)
         counts_D = self._counts_after(number)
         if rest:
-            ids = self.block(number).domains_B[:rest]
+            ids = self.block(number).domains_N[:rest]
             counts_D = counts_D + np.bincount(ids, minlength=len(counts_D))
         return counts_D.copy()
 
@@ -101,16 +101,16 @@ class StageBlend:
     def _make_block(self, number: int) -> Block:
         before_D = self._counts_after(number)
         gained_D = self._counts_after(number + 1) - before_D
-        domains_B = np.repeat(np.arange(len(gained_D)), gained_D)
-        first_B = np.repeat(np.cumsum(gained_D) - gained_D, gained_D)
-        k_B = np.repeat(before_D, gained_D) + np.arange(self._block_size) - first_B
+        domains_N = np.repeat(np.arange(len(gained_D)), gained_D)
+        first_N = np.repeat(np.cumsum(gained_D) - gained_D, gained_D)
+        k_N = np.repeat(before_D, gained_D) + np.arange(self._block_size) - first_N
         # Raw Philox output is the same in every version of NumPy; its permutations need not be.
         philox = np.random.Philox(key=self._key, counter=[0, number, 0, 0])
-        shuffled_B = domains_B[np.argsort(philox.random_raw(self._block_size), kind="stable")]
-        # Each domain's samples come in the order of k, so k_B goes where the stable sort says.
-        shuffled_k_B = np.empty_like(k_B)
-        shuffled_k_B[np.argsort(shuffled_B, kind="stable")] = k_B
-        return Block(shuffled_B, shuffled_k_B)
+        shuffled_N = domains_N[np.argsort(philox.random_raw(self._block_size), kind="stable")]
+        # Each domain's samples come in the order of k, so k_N goes where the stable sort says.
+        shuffled_k_N = np.empty_like(k_N)
+        shuffled_k_N[np.argsort(shuffled_N, kind="stable")] = k_N
+        return Block(shuffled_N, shuffled_k_N)
 
     def _counts_after(self, blocks: int) -> Counts:
         """Samples of each domain in the first `blocks` blocks."""

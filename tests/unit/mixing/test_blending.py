@@ -100,7 +100,7 @@ def test_the_order_within_a_block_depends_on_seed_stage_and_block():
     weights_D = integer_weights(np.full(8, 1 / 8))
 
     def order(seed=1, stage=2, block=3):
-        return StageBlend(weights_D, 64, seed, stage).block(block).domains_B.tolist()
+        return StageBlend(weights_D, 64, seed, stage).block(block).domains_N.tolist()
 
     assert order() == order()
     others = [order(seed=0), order(stage=0), order(block=0), order(seed=2**64 - 1)]
@@ -110,7 +110,7 @@ def test_the_order_within_a_block_depends_on_seed_stage_and_block():
 
 def test_within_blocks_every_place_is_as_likely_for_every_domain():
     stage = StageBlend(integer_weights(np.full(4, 1 / 4)), 4, seed=5)
-    place_of_first = [stage.block(b).domains_B.tolist().index(0) for b in range(4000)]
+    place_of_first = [stage.block(b).domains_N.tolist().index(0) for b in range(4000)]
     counts = np.bincount(place_of_first, minlength=4)
     assert abs(counts - 1000).max() < 5 * np.sqrt(4000 * 0.25 * 0.75)
 
