@@ -5,7 +5,7 @@ import sys
 import time
 import warnings
 
-from megatron_tikmix.errors import InputError
+from megatron_tikmix.errors import InputError, TrainingError
 
 
 def main(arguments: list[str]) -> int:
@@ -19,17 +19,20 @@ def main(arguments: list[str]) -> int:
         config, resolved = load_config(arguments)
         pretrain(config, resolved)
     except InputError as error:
-        return _refuse(str(error))
+        _say(str(error))
+        return 2
+    except TrainingError as error:
+        _say(str(error))
+        return 1
     return 0
 
 
-def _refuse(sentence: str) -> int:
-    if int(os.environ.get("RANK", "0")) == 0:
-        print(f"error: {sentence}", file=sys.stderr, flush=True)
-    else:
-        # torchrun ends the job when its first rank exits: leave rank 0 the time to speak.
+def _say(sentence: str) -> None:
+    if os.environ.get("RANK", "0") != "0":
+        # torchrun ends the job when its first rank exits: leave rank 0 the time to speak. Who
+        # is still there afterwards is alone with the error, and says it.
         time.sleep(10)
-    return 2
+    print(f"error: {sentence}", file=sys.stderr, flush=True)
 
 
 def _quieten_libraries() -> None:

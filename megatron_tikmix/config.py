@@ -55,6 +55,19 @@ class GPTConfig(TransformerConfig):
     """Losses and gradients are means over unmasked tokens; influence relies on it."""
 
     def __post_init__(self) -> None:
+        for name in (
+            "num_layers",
+            "hidden_size",
+            "num_attention_heads",
+            "tensor_model_parallel_size",
+            "pipeline_model_parallel_size",
+            "make_vocab_size_divisible_by",
+        ):
+            require(getattr(self, name) > 0, f"model.{name}", "must be given, and positive")
+        for name in ("hidden_dropout", "attention_dropout"):
+            require(0 <= getattr(self, name) < 1, f"model.{name}", "must be from 0 to below 1")
+        require(0 < self.rotary_percent <= 1, "model.rotary_percent", "must be from 0 to 1")
+        require(self.rotary_base > 0, "model.rotary_base", "must be positive")
         self.params_dtype = self.pipeline_dtype = torch.bfloat16 if self.bf16 else torch.float32
         # With overlap_p2p_comm an output would be freed before its send is waited for.
         self.deallocate_pipeline_outputs = False
@@ -87,6 +100,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         require(self.sequence_length > 0, "data.sequence_length", "must be positive")
+        require(self.domains != [], "data.domains", "must name a domain, or be left out for all")
         require(self.num_workers >= 0, "data.num_workers", "must not be negative")
 
 
@@ -99,11 +113,6 @@ class TaskConfig:
 
     weight: float = 1.0
     """What this task counts for in the decision, relative to the others."""
-
-    def __post_init__(self) -> None:
-        require(
-            math.isfinite(self.weight) and self.weight > 0, "tasks.<name>.weight", "must be > 0"
-        )
 
 
 @dataclass(kw_only=True)
@@ -187,7 +196,11 @@ class RemixConfig:
     def __post_init__(self) -> None:
         for name in ("alpha", "beta", "gamma"):
             value = getattr(self, name)
-            require(math.isfinite(value) and value >= 0, f"remix.{name}", "must not be negative")
+            require(
+                math.isfinite(value) and value >= 0,
+                f"remix.{name}",
+                "must be finite, and not negative",
+            )
         require(
             self.max_total_variation is None or 0 < self.max_total_variation <= 1,
             "remix.max_total_variation",
@@ -300,6 +313,18 @@ class RunConfig:
                 f"tasks.{name}",
                 "must be named with letters, digits, '_', '.' and '-' only",
             )
+            weight = self.tasks[name].weight
+            require(
+                math.isfinite(weight) and weight > 0, f"tasks.{name}.weight", "must be positive"
+            )
+            require(
+                self.remix.preset is None or weight == 1,
+                f"tasks.{name}.weight",
+                "cannot be set with remix.preset paper, which takes the raw sum over tasks",
+            )
+        require(0 <= self.seed < 2**32, "seed", f"({self.seed}) must be from 0 to 2**32 - 1")
+        require(self.timeout_minutes > 0, "timeout_minutes", "must be positive")
+        require(bool(self.run_dir), "run_dir", "must name a folder")
         self.optimizer.bf16 = self.model.bf16
         self.optimizer.params_dtype = self.model.params_dtype
         self.optimizer.use_distributed_optimizer = True
@@ -351,6 +376,11 @@ class RunConfig:
                 self.ddp.num_distributed_optimizer_instances > 1
             ),
             f"optimizer.optimizer {optimizer.optimizer}": optimizer.optimizer != "adam",
+            "model.multi_latent_attention": model.multi_latent_attention,
+            # It casts gradients to bf16, also in fp32: the loss would change without a word.
+            "model.cross_entropy_loss_fusion": model.cross_entropy_loss_fusion,
+            "ddp.average_in_collective": self.ddp.average_in_collective,
+            "optimizer.optimizer_cpu_offload": optimizer.optimizer_cpu_offload,
             "optimizer.use_precision_aware_optimizer": optimizer.use_precision_aware_optimizer,
         }
         for name, used in unsupported.items():
@@ -377,6 +407,11 @@ class RunConfig:
             f"({model.hidden_size}) must be a multiple of num_attention_heads "
             f"{model.num_attention_heads}",
         )
+        require(
+            model.virtual_pipeline_model_parallel_size is None or pp > 1,
+            "model.virtual_pipeline_model_parallel_size",
+            "needs pipeline_model_parallel_size 2 or more",
+        )
         layers_at_once = pp * (model.virtual_pipeline_model_parallel_size or 1)
         require(
             model.num_layers % layers_at_once == 0,
@@ -391,12 +426,31 @@ class RunConfig:
             f"{train.micro_batch_size} × {self.data_parallel_size(world_size)} data-parallel "
             f"ranks = {step}",
         )
+        require(
+            model.virtual_pipeline_model_parallel_size is None
+            or train.global_batch_size // step % pp == 0,
+            "train.global_batch_size",
+            f"({train.global_batch_size}) must give a multiple of {pp} micro-batches, for the "
+            f"interleaved pipeline; it gives {train.global_batch_size // step}",
+        )
 
     def _check_schedule(self) -> None:
         lr, min_lr = self.optimizer.lr, self.optimizer.min_lr
         require(lr is not None and lr > 0, "optimizer.lr", "must be given, and positive")
         require(0 <= min_lr <= lr, "optimizer.min_lr", f"({min_lr}) must be from 0 to lr {lr}")
-        decay_iters = self.scheduler.lr_decay_iters or self.train.train_iters
+        for name in ("adam_beta1", "adam_beta2"):
+            value = getattr(self.optimizer, name)
+            require(0 <= value < 1, f"optimizer.{name}", f"({value}) must be from 0 to below 1")
+        require(self.optimizer.weight_decay >= 0, "optimizer.weight_decay", "must not be negative")
+        decay_iters = self.scheduler.lr_decay_iters
+        decay_iters = self.train.train_iters if decay_iters is None else decay_iters
+        require(decay_iters > 0, "scheduler.lr_decay_iters", "must be positive")
+        require(
+            self.scheduler.lr_wsd_decay_iters is None
+            or 0 < self.scheduler.lr_wsd_decay_iters <= decay_iters,
+            "scheduler.lr_wsd_decay_iters",
+            f"must be from 1 to the {decay_iters} iterations of the schedule",
+        )
         require(
             self.scheduler.lr_warmup_iters < decay_iters,
             "scheduler.lr_warmup_iters",
@@ -408,12 +462,12 @@ class RunConfig:
         samples, batch = self.remix.interval_samples, self.train.global_batch_size
         if samples is None:
             return
-        below = samples // batch * batch
+        below = max(samples // batch * batch, 0)
         require(
             samples > 0 and samples % batch == 0,
             "remix.interval_samples",
             f"({samples}) must be a whole number of global batches of {batch} samples; the "
-            f"nearest are {max(below, batch)} and {below + batch}",
+            f"nearest are {below or batch} and {(below or batch) + batch}",
         )
         settled = math.ceil(3 / (1 - self.optimizer.adam_beta2))
         require(
@@ -465,6 +519,25 @@ _SHOWN = {
 }
 
 
+# Fields that follow from others (see the `__post_init__` methods).
+_DERIVED = (
+    "model.params_dtype",
+    "model.pipeline_dtype",
+    "model.deallocate_pipeline_outputs",
+    "model.overlap_p2p_comm",
+    "model.batch_p2p_comm",
+    "model.ffn_hidden_size",
+    "model.num_query_groups",
+    "model.kv_channels",
+    "optimizer.bf16",
+    "optimizer.params_dtype",
+    "optimizer.use_distributed_optimizer",
+    "optimizer.min_lr",
+    "ddp.use_distributed_optimizer",
+    "ddp.grad_reduce_in_fp32",
+)
+
+
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 
@@ -507,17 +580,23 @@ def load_config(arguments: list[str]) -> tuple[RunConfig, str]:
     try:
         settings = parser.parse_args(arguments)
         settings.pop("config")
-        resolved = parser.dump(settings, skip_none=False)
-        return RunConfig(**parser.instantiate(settings).as_dict()), resolved
+        config = RunConfig(**parser.instantiate(settings).as_dict())
+        for name in _DERIVED:  # the record shows what is used, not what was asked for
+            section, field_name = name.split(".")
+            settings[name] = getattr(getattr(config, section), field_name)
+        return config, parser.dump(settings, skip_none=False)
     except InputError:
         raise
-    except (ArgumentError, ValueError, AssertionError, TypeError) as error:
+    except (ArgumentError, ValueError, AssertionError, TypeError, ZeroDivisionError) as error:
         raise InputError(_in_one_sentence(str(error), parser, file)) from error
 
 
 def _in_one_sentence(message: str, parser: ArgumentParser, file: str) -> str:
     """The parser's complaint on one line; an unknown field gets the nearest valid name."""
     message = re.sub(r"\s+", " ", message).strip()
+    if "codec can't decode" in message:
+        return f"{file} is not valid UTF-8: {message}"
+    message = message.replace("Unexpected config:", f"{file} holds no configuration:")
     message = message.replace("Problems parsing config", f"{file} is not readable YAML")
     unknown = re.search(
         r"Group '(?P<group>\S+)' does not accept option '(?P<key>\S+)'"
@@ -528,8 +607,9 @@ def _in_one_sentence(message: str, parser: ArgumentParser, file: str) -> str:
         return message
     name = unknown["name"] or unknown["option"] or f"{unknown['group']}.{unknown['key']}"
     fields = [action.dest for action in parser._actions] + ["domain", "weight"]
-    nearest = difflib.get_close_matches(name, fields, n=1, cutoff=0.0)
-    return f"unknown configuration field {name}; did you mean {nearest[0]}?"
+    nearest = difflib.get_close_matches(name, fields, n=1, cutoff=0.5)
+    hint = f"did you mean {nearest[0]}?" if nearest else "see --help"
+    return f"unknown configuration field {name}; {hint}"
 
 
 def launched_world() -> tuple[int, int, int]:

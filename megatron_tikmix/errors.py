@@ -1,8 +1,15 @@
-"""The one exception that is the user's to mend."""
+"""Exceptions that are told in one sentence, without a traceback."""
 
 
 class InputError(ValueError):
     """Bad input: one sentence that names the file or field, what is wrong, and the remedy.
 
     Entry points print it on one rank, without a traceback, and exit with code 2.
+    """
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on: one sentence with what happened and the remedy.
+
+    Raised on every rank alike. Entry points print it on one rank and exit with code 1.
     """

@@ -5,7 +5,7 @@ from megatron_tikmix.data.domain_stream import DomainStream
 from megatron_tikmix.data.domains import DomainManifest
 from megatron_tikmix.data.tasks import Task, build_task
 from megatron_tikmix.errors import InputError
-from megatron_tikmix.mixing import Mixture
+from megatron_tikmix.mixing import Mixture, MixtureSchedule
 
 
 class TrainingData:
@@ -38,7 +38,9 @@ class TrainingData:
             )
             for name, task in config.tasks.items()
         ]
-        self.initial_mixture = self._initial_mixture(config)
+        self._initial_mixture = self._read_initial_mixture(config)
+        self._order = (self.names, config.train.global_batch_size, config.seed)
+        self.initial_schedule()  # refuses a domain named twice before anything is built
 
     def stream(self, name: str, seed: int, sequence_length: int) -> DomainStream:
         """A stream of the domain's train split."""
@@ -51,7 +53,13 @@ class TrainingData:
             vocab_size=self.manifest.vocab_size,
         )
 
-    def _initial_mixture(self, config: RunConfig) -> Mixture:
+    def initial_schedule(self) -> MixtureSchedule:
+        """The first stage: the initial mixture, in blocks of one global batch."""
+        schedule = MixtureSchedule(*self._order)
+        schedule.append(0, self._initial_mixture.rounded())
+        return schedule
+
+    def _read_initial_mixture(self, config: RunConfig) -> Mixture:
         initial = config.data.initial_mixture
         if initial == "uniform":
             return Mixture.uniform(self.names)

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import yaml
 
 from megatron_tikmix.errors import InputError
@@ -245,7 +246,7 @@ _TOKEN_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 8: 2}  # megatron-core's codes of 
 
 
 def _read_index(path: Path) -> _Index:
-    """What an ``.idx`` file says of its ``.bin``, from its header and last entries alone.
+    """What an ``.idx`` file says of its ``.bin``, from its header, lengths and last entries.
 
     megatron-core's own reader is not used: it imports torch, maps both files, fails on a
     truncated index by a bare assertion or numpy's "buffer is smaller than requested size",
@@ -267,12 +268,14 @@ def _read_index(path: Path) -> _Index:
         _check_size(path, offsets_end + 8 * bounds, "its header says")
         if sequences == 0 or bounds < 2:
             raise InputError(f"{path} holds no documents; give the domain text and {AGAIN}")
-        (length,) = _read_at(file, lengths_end - 4, "<i")
+        lengths = np.memmap(file, dtype="<i4", mode="r", offset=_HEADER.size, shape=(sequences,))
+        length, shortest, total = int(lengths[-1]), int(lengths.min()), int(lengths.sum(dtype=int))
         (offset,) = _read_at(file, offsets_end - 8, "<q")
         (last_bound,) = _read_at(file, offsets_end + 8 * (bounds - 1), "<q")
     token_bytes = _TOKEN_BYTES[code]
     bin_bytes = offset + length * token_bytes
-    if last_bound != sequences or length < 0 or offset < 0 or offset % token_bytes:
+    consistent = shortest >= 0 and total * token_bytes == bin_bytes and last_bound == sequences
+    if not consistent or offset < 0 or offset % token_bytes:
         raise InputError(f"{path} contradicts itself; {AGAIN}")
     return _Index(documents=bounds - 1, tokens=bin_bytes // token_bytes, bin_bytes=bin_bytes)
 

@@ -32,6 +32,7 @@ class ProbeData:
         micro_batch_size: int,
         data_parallel_rank: int,
         data_parallel_size: int,
+        microbatch_multiple: int,
     ) -> None:
         self._open_stream = open_stream
         self.domains = list(domains)
@@ -43,6 +44,7 @@ class ProbeData:
             "micro_batch_size": micro_batch_size,
             "rank": data_parallel_rank,
             "size": data_parallel_size,
+            "multiple": microbatch_multiple,
         }
 
     def of_task(self, task: int) -> list[Sample]:

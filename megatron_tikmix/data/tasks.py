@@ -62,15 +62,22 @@ def build_task(
 
 
 def micro_batches(
-    stream: DomainStream, samples: range, *, micro_batch_size: int, rank: int, size: int
+    stream: DomainStream,
+    samples: range,
+    *,
+    micro_batch_size: int,
+    rank: int,
+    size: int,
+    multiple: int = 1,
 ) -> list[Sample]:
     """Data-parallel rank `rank`'s micro-batches of the stream's `samples`.
 
-    Every rank gets the same number of full micro-batches; what is missing is padded with
-    samples whose loss is masked, so sums over tokens are the same for every layout.
+    Every rank gets the same number of full micro-batches, a multiple of `multiple`; what is
+    missing is padded with samples whose loss is masked, so sums over tokens are the same for
+    every layout.
     """
     group = micro_batch_size * size
-    groups = -(-len(samples) // group)
+    groups = -(-len(samples) // (group * multiple)) * multiple
     batches = []
     for index in range(groups):
         first = index * group + rank * micro_batch_size

@@ -26,10 +26,14 @@ Row = dict[str, Any]
 
 def append_jsonl(path: str | Path, row: Mapping[str, Any]) -> None:
     """Append `row` as one line of JSON, and flush it. Numbers that are not finite become null."""
-    line = json.dumps(_plain(row), allow_nan=False) + "\n"
     with open(path, "a+b") as file:
         _mend_torn_tail(file)
-        file.write(line.encode("ascii"))
+        file.write(json_line(row).encode("ascii"))
+
+
+def json_line(row: Mapping[str, Any]) -> str:
+    """`row` as one line of JSON, line end included. Numbers that are not finite become null."""
+    return json.dumps(_plain(row), allow_nan=False) + "\n"
 
 
 def read_jsonl(path: str | Path) -> list[Row]:

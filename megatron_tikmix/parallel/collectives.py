@@ -1,6 +1,7 @@
 """The few collectives of our own. Every rank of the group must call each of them."""
 
 import hashlib
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,6 +28,13 @@ def broadcast_integers(values: np.ndarray, parallel: Parallel) -> np.ndarray:
     tensor = torch.from_numpy(values.astype(np.int64))
     dist.broadcast(tensor, src=0, group=parallel.cpu_group)
     return tensor.numpy()
+
+
+def broadcast_object(value: Any, parallel: Parallel) -> Any:
+    """Rank 0's `value`, on every rank."""
+    box = [value]
+    dist.broadcast_object_list(box, src=0, group=parallel.cpu_group)
+    return box[0]
 
 
 def agree_on_input(error: InputError | None, parallel: Parallel) -> None:

@@ -24,7 +24,12 @@ from megatron.core.utils import unwrap_model
 
 from megatron_tikmix.errors import InputError
 from megatron_tikmix.mixing import MixtureSchedule
-from megatron_tikmix.parallel.collectives import barrier, check_same_on_all_ranks
+from megatron_tikmix.parallel.collectives import (
+    agree_on_input,
+    barrier,
+    broadcast_object,
+    check_same_on_all_ranks,
+)
 from megatron_tikmix.parallel.initialize import Parallel
 from megatron_tikmix.training.optimizer_state import mend_torch_adam, unshare_steps
 from megatron_tikmix.training.state import TrainState
@@ -82,7 +87,9 @@ class Checkpointer:
             }
             _write(path / _STATE, json.dumps(record))
             _write(self._folder / _LATEST, f"{state.iteration}\n")
-            for old in self._complete()[: -self._keep]:
+            # Later ones are there if an earlier checkpoint was gone back to; they stay.
+            upto_now = [kept for kept in self._complete() if kept.name <= path.name]
+            for old in upto_now[: -self._keep]:
                 shutil.rmtree(old)
         barrier(self._parallel)
         return path
@@ -95,17 +102,18 @@ class Checkpointer:
         Raises:
             InputError: the run's data or seed is not the checkpoint's.
         """
-        latest = self._folder / _LATEST
-        if not latest.is_file():
+        # Read once: ranks that saw different files would resume different runs, or not at all.
+        record, problem = None, None
+        if self._parallel.is_main:
+            try:
+                record = self._read_latest()
+            except InputError as error:
+                problem = error
+        agree_on_input(problem, self._parallel)
+        record = broadcast_object(record, self._parallel)
+        if record is None:
             return False
-        path = self._path(int(latest.read_text()))
-        record = json.loads((path / _STATE).read_text())
-        for field, value in record["fingerprint"].items():
-            if self._fingerprint.get(field) != value:
-                raise InputError(
-                    f"{path}: was saved with {field} {value}, and the run has "
-                    f"{self._fingerprint.get(field)}; resume with the same, or use another run_dir"
-                )
+        path = self._path(record["iteration"])
         mend_torch_adam(self._optimizer)
         sharded = self._sharded_state(is_loading=True)
         same_layout = record["layout"] == self._layout()
@@ -126,6 +134,28 @@ class Checkpointer:
         state.ledger = record["ledger"]
         check_same_on_all_ranks(state.schedule.digest(), "the mixture schedule", self._parallel)
         return True
+
+    def _read_latest(self) -> dict[str, Any] | None:
+        """The newest checkpoint's record, if there is one and it is of this run."""
+        latest = self._folder / _LATEST
+        if not latest.is_file():
+            return None
+        try:
+            path = self._path(int(latest.read_text()))
+            record: dict[str, Any] = json.loads((path / _STATE).read_text())
+            fingerprint = record["fingerprint"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InputError(
+                f"{latest} does not name a whole checkpoint ({error}); write the iteration of "
+                f"another one beside it into it, or use another run_dir"
+            ) from error
+        for field, value in fingerprint.items():
+            if self._fingerprint.get(field) != value:
+                raise InputError(
+                    f"{path}: was saved with {field} {value}, and the run has "
+                    f"{self._fingerprint.get(field)}; resume with the same, or use another run_dir"
+                )
+        return record
 
     def _path(self, iteration: int) -> Path:
         return self._folder / f"iter_{iteration:07d}"

@@ -63,6 +63,7 @@ def evaluate(
                 micro_batch_size=forward_backward.micro_batch_size,
                 rank=parallel.data_parallel_rank,
                 size=parallel.data_parallel_size,
+                multiple=forward_backward.microbatch_multiple,
             )
             sums = forward_backward(batches, len(batches), forward_only=True)
             totals.append(loss_and_tokens(sums, parallel))

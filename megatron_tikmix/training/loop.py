@@ -1,5 +1,6 @@
 """The training loop: intervals, and a boundary between each two."""
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from megatron_tikmix.config import RunConfig
 from megatron_tikmix.data.domain_stream import DomainStream
 from megatron_tikmix.data.loader import DataParallelLoader
 from megatron_tikmix.data.tasks import Task
+from megatron_tikmix.errors import TrainingError
 from megatron_tikmix.mixing import Mixture
 from megatron_tikmix.parallel.collectives import check_same_on_all_ranks, sum_over_ranks
 from megatron_tikmix.parallel.initialize import Parallel
@@ -48,25 +50,41 @@ class Run:
         length = self.config.interval_iters or self.config.train.train_iters
         return min((self.state.iteration // length + 1) * length, self.config.train.train_iters)
 
+    def at_boundary(self) -> bool:
+        """Whether an interval has just ended, and the next one has no stage yet."""
+        length, stage = self.config.interval_iters, self.state.schedule.stages[-1]
+        return (
+            length is not None
+            and self.state.iteration % length == 0
+            and self.state.consumed_samples > stage.start_sample
+        )
+
 
 def train(run: Run) -> None:
     """Train to the end, resetting the mixture at every boundary. Collective."""
     state = run.state
     if not state.ledger:
         open_stage(run, None, measure(run))
-        run.recorder.stage(state.ledger)
+    elif run.at_boundary() and not state.done:
+        # A run that had ended here goes on: its end was no boundary, and now it is one.
+        reset_mixture(run, measure(run))
     while not state.done:
         row = train_interval(run, until=run.interval_end())
         task_loss = measure(run)
         run.recorder.step({**row, "task_loss": task_loss}, realised_mixture(run))
         if not state.done:
-            prior = state.schedule.mixture(-1)
-            decision = run.remixer.remix(len(state.ledger), prior) if run.remixer else None
-            state.schedule.append(state.consumed_samples, decision.mixture if decision else prior)
-            check_same_on_all_ranks(state.schedule.digest(), "the mixture schedule", run.parallel)
-            open_stage(run, decision, task_loss)
-            run.recorder.stage(state.ledger)
+            reset_mixture(run, task_loss)
         run.checkpointer.save(state)
+
+
+def reset_mixture(run: Run, task_loss: dict[str, float]) -> None:
+    """Decide the next interval's mixture, and open its stage. Collective."""
+    state = run.state
+    prior = state.schedule.mixture(-1)
+    decision = run.remixer.remix(len(state.ledger), prior) if run.remixer else None
+    state.schedule.append(state.consumed_samples, decision.mixture if decision else prior)
+    check_same_on_all_ranks(state.schedule.digest(), "the mixture schedule", run.parallel)
+    open_stage(run, decision, task_loss)
 
 
 def train_interval(run: Run, until: int) -> dict[str, Any]:
@@ -88,13 +106,29 @@ def train_interval(run: Run, until: int) -> dict[str, Any]:
         )
         state.advance(config.global_batch_size, skipped=result.skipped)
         meter.add(result.loss_sums)
+        check_finite(result, state)
         if state.iteration == until:
             return metrics_row(state, result, meter)
-        if state.iteration % config.log_interval == 0:
-            run.recorder.step(metrics_row(state, result, meter), realised_mixture(run))
         every = run.config.checkpoint.save_interval
-        if every and state.iteration % every == 0:
+        saving = every is not None and state.iteration % every == 0
+        # Saving starts the meter anew, as a resumed run will, so that both write the same rows.
+        if saving or state.iteration % config.log_interval == 0:
+            run.recorder.step(metrics_row(state, result, meter), realised_mixture(run))
+        if saving:
             run.checkpointer.save(state)
+
+
+def check_finite(result: StepResult, state: TrainState) -> None:
+    """Stop every rank alike when the gradient is lost: the norm is that of all ranks.
+
+    Raises:
+        TrainingError: the gradient's norm is NaN or infinite.
+    """
+    if result.grad_norm is not None and not math.isfinite(result.grad_norm):
+        raise TrainingError(
+            f"the gradient is not finite at iteration {state.iteration}; lower optimizer.lr or "
+            f"look at the data of this step, and start again to resume from the newest checkpoint"
+        )
 
 
 def metrics_row(state: TrainState, result: StepResult, meter: "LossMeter") -> dict[str, Any]:
@@ -129,7 +163,7 @@ def realised_mixture(run: Run) -> dict[str, float]:
 
 
 def open_stage(run: Run, decision: Decision | None, task_loss: dict[str, float]) -> None:
-    """Record the stage that begins here: the ledger's next line."""
+    """Put the stage that begins here in the ledger, and in the records."""
     state = run.state
     stage = state.schedule.stages[-1]
     mixture: Mixture = state.schedule.mixture(-1)
@@ -171,6 +205,7 @@ def open_stage(run: Run, decision: Decision | None, task_loss: dict[str, float])
             "solution": decision.solution.to_json() if decision.solution else None,
         }
     state.ledger.append(row)
+    run.recorder.stage(state.ledger)
 
 
 class LossMeter:

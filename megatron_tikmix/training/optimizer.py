@@ -36,4 +36,7 @@ def build_scheduler(config: RunConfig, optimizer: MegatronOptimizer) -> Optimize
         wd_incr_style="constant",
         wsd_decay_steps=(schedule.lr_wsd_decay_iters or 0) * batch,
         lr_wsd_decay_style="exponential",
+        # A resumed run follows its configuration, not what the checkpoint remembers of it.
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,
     )

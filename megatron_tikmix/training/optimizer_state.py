@@ -17,6 +17,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 from megatron.core.transformer.module import param_is_not_shared
 
+_TORCH_ADAM = (torch.optim.Adam, torch.optim.AdamW)
 _VOCABULARY = ("word_embeddings.weight", "output_layer.weight")
 
 
@@ -166,7 +167,7 @@ def mend_torch_adam(optimizer: MegatronOptimizer) -> None:
     this before loading; :func:`unshare_steps` after.
     """
     for part in distributed_optimizers(optimizer):
-        if not isinstance(part.optimizer, torch.optim.AdamW):
+        if not isinstance(part.optimizer, _TORCH_ADAM):
             continue
         if not part.optimizer.state:
             part._init_optimizer_states_with_dummy_values()
@@ -185,6 +186,6 @@ def _set_states(
 def unshare_steps(optimizer: MegatronOptimizer) -> None:
     """Give each parameter its own step count again (see :func:`mend_torch_adam`)."""
     for part in distributed_optimizers(optimizer):
-        if isinstance(part.optimizer, torch.optim.AdamW):
+        if isinstance(part.optimizer, _TORCH_ADAM):
             for state in part.optimizer.state.values():
                 state["step"] = state["step"].clone()

@@ -1,5 +1,7 @@
 """What a run is going to do and what its probe costs, in words, before it starts."""
 
+import math
+
 from megatron_tikmix.config import RunConfig
 from megatron_tikmix.data.builder import TrainingData
 
@@ -14,16 +16,26 @@ def describe(config: RunConfig, world_size: int, data: TrainingData) -> str:
             ("domains", _domains(config, data)),
             ("tasks", ", ".join(task.name for task in data.tasks)),
             ("mixture", _mixture(config)),
-            ("probe", _probe(config, data)),
+            ("probe", _probe(config, world_size, data)),
         )
     )
 
 
-def probe_samples(config: RunConfig, data: TrainingData) -> int:
-    """Samples of one probe: each costs a forward and a backward pass, as in training."""
-    probe = config.probe
-    of_tasks = sum(min(probe.task_samples, t.decide.samples_per_epoch) for t in data.tasks)
-    return of_tasks + len(data.names) * probe.sub_batches * probe.sub_batch_samples
+def probe_samples(config: RunConfig, world_size: int, data: TrainingData) -> int:
+    """Samples of one probe: each costs a forward and a backward pass, as in training.
+
+    Every pass fills the micro-batches of all data-parallel ranks, with padding where it must.
+    """
+    probe, model = config.probe, config.model
+    step = config.train.micro_batch_size * config.data_parallel_size(world_size)
+    if model.virtual_pipeline_model_parallel_size:
+        step *= model.pipeline_model_parallel_size
+
+    def filled(samples: int) -> int:
+        return math.ceil(samples / step) * step
+
+    of_tasks = sum(filled(min(probe.task_samples, t.decide.samples_per_epoch)) for t in data.tasks)
+    return of_tasks + len(data.names) * probe.sub_batches * filled(probe.sub_batch_samples)
 
 
 def _layout(config: RunConfig, world_size: int) -> str:
@@ -57,11 +69,11 @@ def _mixture(config: RunConfig) -> str:
     return f"{how} at {boundaries} boundaries, every {length:,} iterations"
 
 
-def _probe(config: RunConfig, data: TrainingData) -> str:
+def _probe(config: RunConfig, world_size: int, data: TrainingData) -> str:
     length = config.interval_iters
     if length is None or config.remix.policy == "static":
         return "none"
-    probe, samples = config.probe, probe_samples(config, data)
+    probe, samples = config.probe, probe_samples(config, world_size, data)
     share = samples / (samples + length * config.train.global_batch_size)
     text = (
         f"{len(data.names)} domains × {probe.sub_batches} sub-batches × "
@@ -69,6 +81,12 @@ def _probe(config: RunConfig, data: TrainingData) -> str:
         f"({samples * config.data.sequence_length:,} tokens), {share:.0%} of the compute of an "
         f"interval with its probe; curvature {probe.curvature}"
     )
+    step = config.train.micro_batch_size * config.data_parallel_size(world_size)
+    if probe.sub_batch_samples % step:
+        text += (
+            f"; part of that is padding: make probe.sub_batch_samples a multiple of {step} "
+            f"(micro_batch_size × data-parallel ranks)"
+        )
     wanted = probe.sub_batches * probe.sub_batch_samples
     small = [s.name for s in data.streams if s.samples_per_epoch < wanted]
     if small:

@@ -1,15 +1,21 @@
 """What a run writes down: files, TensorBoard and terminal, all by the main rank."""
 
-import json
 import os
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from megatron_tikmix.config import RunConfig
+from megatron_tikmix.errors import InputError
 from megatron_tikmix.monitoring.history import RunHistory
 from megatron_tikmix.monitoring.report import write_report
-from megatron_tikmix.monitoring.run_files import RunFiles, append_jsonl, read_jsonl
+from megatron_tikmix.monitoring.run_files import (
+    RunFiles,
+    append_jsonl,
+    json_line,
+    read_jsonl,
+)
 from megatron_tikmix.monitoring.tensorboard import TensorBoardWriter
 from megatron_tikmix.monitoring.terminal import Terminal
 from megatron_tikmix.parallel.initialize import Parallel
@@ -30,16 +36,35 @@ class Recorder:
         self._terminal: Terminal | None = None
         self._tensorboard: TensorBoardWriter | None = None
 
-    def begin(self, plan: str, state: TrainState) -> None:
-        """Open the files, brought back to where the run (re)starts, and tell the plan."""
+    def open_folder(self) -> None:
+        """Make the run's folder.
+
+        Raises:
+            InputError: it cannot be made, or not be written to.
+        """
         if not self._main:
             return
-        self._folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self._folder):
+                pass
+        except OSError as error:
+            raise InputError(f"run_dir {self._folder} cannot be written to: {error}") from error
+
+    def begin(self, plan: str, state: TrainState) -> None:
+        """Open the files, brought back to where the run (re)starts, and tell the plan.
+
+        Raises:
+            InputError: a file that an earlier start wrote is damaged.
+        """
+        if not self._main:
+            return
         _replace(self._folder / "config.yaml", self._resolved)
         dropped = self._reconcile(state)
         self._tensorboard = TensorBoardWriter(
             self._folder / "tensorboard",
-            purge_step=state.iteration + 1 if state.iteration else None,
+            # What an earlier start wrote from here on is hidden.
+            purge_step=state.iteration + 1 if state.iteration else 0,
         )
         self._terminal = Terminal(self._config.train.train_iters, start_iteration=state.iteration)
         if state.iteration:
@@ -103,7 +128,7 @@ class Recorder:
         kept = [row for row in rows if row["iteration"] <= state.iteration]
         beyond = len(rows) - len(kept) + max(0, len(read_jsonl(ledger)) - len(state.ledger))
         for path, content in ((metrics, kept), (ledger, state.ledger)):
-            _replace(path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in content))
+            _replace(path, "".join(json_line(row) for row in content))
         return beyond
 
 

@@ -117,30 +117,33 @@ class Remixer:
         """Measure every domain's sub-batches against every task. Collective.
 
         Returns:
-            the bank, the same on every rank, and the tokens that were passed through.
+            the bank, the same on every rank, and the tokens that were passed through, those of
+            padding included: they cost as much.
         """
         D, B, V = len(self._data.domains), self._data.sub_batches, len(self._data.tasks)
         passes = V + D * B
+        processed = 0
         sums_DBV = torch.zeros(D, B, V, dtype=torch.float64)
         tokens_DB = torch.zeros(D, B, dtype=torch.float64)
-        task_tokens = torch.zeros(V, dtype=torch.float64)
         with evaluation_mode(self._model):
             curvature = self._curvature()
             tasks_VP = torch.empty(V, self._shards.numel, device=self._shards.device)
             for i in range(V):
-                gradient_P, task_tokens[i] = self._mean_gradient(self._data.of_task(i))
+                batches = self._data.of_task(i)
+                gradient_P, _ = self._mean_gradient(batches)
+                processed += _tokens(batches)
                 tasks_VP[i] = curvature.inverse_product(gradient_P)
                 self._on_progress(i + 1, passes)
             for j in range(D):
                 for b, batches in enumerate(self._data.of_domain(j, stage)):
                     gradient_P, tokens_DB[j, b] = self._mean_gradient(batches)
+                    processed += _tokens(batches)
                     sums_DBV[j, b] = inner_products(tasks_VP, gradient_P)
                     self._on_progress(V + j * B + b + 1, passes)
         zero_gradients(self._model, self._optimizer)
         # One collective: inner products add over the shards, token counts over the replicas.
-        flat = torch.cat([sums_DBV.flatten(), tokens_DB.flatten(), task_tokens])
-        flat = sum_over_ranks(flat, self._parallel)
-        sums, tokens, of_tasks = flat.split([D * B * V, D * B, V])
+        flat = torch.cat([sums_DBV.flatten(), tokens_DB.flatten()])
+        sums, tokens = sum_over_ranks(flat, self._parallel).split([D * B * V, D * B])
         tokens_DB = tokens.view(D, B)
         bank = SubBatchBank(
             # The schedule gave means; the bank keeps sums.
@@ -149,7 +152,7 @@ class Remixer:
             self._data.domains,
             [task.name for task in self._data.tasks],
         )
-        return bank, int(tokens.sum() + of_tasks.sum())
+        return bank, processed * self._parallel.data_parallel_size
 
     def _mean_gradient(self, batches: list[dict[str, torch.Tensor]]) -> tuple[torch.Tensor, float]:
         """This rank's shard of the mean gradient per token, (P,), and its own tokens."""
@@ -177,7 +180,7 @@ class Remixer:
             if not np.isfinite(sums_BV).all()
         ]
         if bad:
-            reason = f"kept: the gradient of {', '.join(bad)} is not finite"
+            reason = f"the gradient of {', '.join(bad)} is not finite"
             return Decision(prior, tokens, seconds, source="kept", reason=reason)
         influence = bank.influence_matrix()
         solution = self._solve(influence, prior)
@@ -230,3 +233,7 @@ class Remixer:
             for _ in range(_REDRAWS)
         ]
         return float(np.quantile(distances, _QUANTILE))
+
+
+def _tokens(batches: list[dict[str, torch.Tensor]]) -> int:
+    return sum(batch["tokens"].numel() for batch in batches)

@@ -12,8 +12,9 @@ class TrainState:
 
     Attributes:
         schedule: the mixture's stages so far; with the seed it fixes the order of samples.
-        ledger: one record a stage, as in mixture.jsonl; kept by the main rank.
-        skipped_iterations: steps whose gradient was not finite, and not applied.
+        ledger: one record a stage, as in mixture.jsonl. Every rank counts stages by it; what
+            only the main rank knows of a decision is missing on the others.
+        skipped_iterations: steps that megatron-core's optimizer did not apply.
     """
 
     train_iters: int

@@ -1,5 +1,6 @@
 """One forward-backward pass over micro-batches, and one optimizer step."""
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -66,6 +67,11 @@ class ForwardBackward:
             vp_size=config.virtual_pipeline_model_parallel_size,
         )
 
+    @property
+    def microbatch_multiple(self) -> int:
+        """What the number of micro-batches of a pass must be a multiple of."""
+        return self.parallel.groups.pp.size() if len(self.model) > 1 else 1
+
     def __call__(
         self,
         micro_batches: Iterator[Sample] | list[Sample],
@@ -81,7 +87,7 @@ class ForwardBackward:
         # An interleaved schedule reads each chunk's inputs on its own.
         chunks = len(self.model)
         if chunks > 1:
-            batches = [next(iter_) for iter_ in [iter(micro_batches)] * num_microbatches]
+            batches = list(itertools.islice(micro_batches, num_microbatches))
             iterator: Any = [iter(batches) for _ in range(chunks)]
         else:
             iterator = iter(micro_batches)

@@ -28,6 +28,10 @@ CASES = {
     "domain shorter than a sample": ({"data.sequence_length": 20000}, "do not fill one sample"),
     "layout": ({"model.num_layers": 2, "model.num_attention_heads": 5}, "num_attention_heads"),
     "unsupported": ({"model.context_parallel_size": 2}, "context_parallel_size"),
+    "beta": ({"optimizer.adam_beta2": 1.0}, "optimizer.adam_beta2 (1.0)"),
+    "no domains": ({"data.domains": []}, "data.domains"),
+    "a domain twice": ({"data.domains": ["low", "low"]}, "each once"),
+    "heads and groups": ({"model.num_query_groups": 3}, "num_query_groups"),
     "no learning rate": ({"optimizer.lr": None}, "optimizer.lr must be given"),
     "warm-up": ({"scheduler.lr_warmup_iters": 50}, "scheduler.lr_warmup_iters (50)"),
     "sequence parallel": (
@@ -96,6 +100,29 @@ def test_two_ranks_refuse_together(
     assert words in ours[0]
     assert re.search(r"rank +: 0 .*\n +exitcode +: 2 ", result.stderr)
     assert "megatron_tikmix/" not in result.stderr, "a traceback through our own files"
+
+
+def test_a_run_dir_that_is_a_file_is_refused(
+    settings: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    config = tmp_path / "run.yaml"
+    config.write_text(yaml.safe_dump(overridden(settings, {"run_dir": str(tmp_path / "file")})))
+    assert main([str(config)]) == 2
+    assert f"run_dir {tmp_path / 'file'} cannot be written to" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", ["abc", "", "77"])
+def test_a_damaged_checkpoint_pointer_is_named(
+    content: str, settings: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pointer = Path(settings["run_dir"]) / "checkpoints" / "latest_checkpointed_iteration.txt"
+    pointer.parent.mkdir(parents=True)
+    pointer.write_text(content)
+    config = tmp_path / "run.yaml"
+    config.write_text(yaml.safe_dump(settings))
+    assert main([str(config)]) == 2
+    assert f"{pointer} does not name a whole checkpoint" in capsys.readouterr().err
 
 
 def test_write_tokens_is_read_back(tmp_path: Path) -> None:

@@ -35,11 +35,12 @@ def test_a_resumed_run_goes_on_bit_for_bit(settings: dict[str, Any]) -> None:
     whole = Path(settings["run_dir"])
     resumed = whole.with_name("resumed")
     shutil.copytree(whole, resumed)
-    # As if it had been killed after iteration 6, with rows written beyond the checkpoint.
+    # As if it had been killed after iteration 3, with rows written beyond the checkpoint. Rows
+    # are due at even iterations: the one of iteration 4 must not remember more than it may.
     latest = resumed / "checkpoints" / "latest_checkpointed_iteration.txt"
-    latest.write_text("6\n")
+    latest.write_text("3\n")
     result = launch(overridden(settings, {"run_dir": str(resumed)}), ranks=2)
-    assert "at iteration 6" in result.stderr
+    assert "at iteration 3" in result.stderr
     for name in ("metrics.jsonl", "mixture.jsonl"):
         assert without_timings(read_rows(whole, name)) == without_timings(read_rows(resumed, name))
 
@@ -61,6 +62,28 @@ def test_another_layout_resumes_with_the_same_samples(settings: dict[str, Any]) 
     )
 
 
+def test_a_run_that_ended_on_a_boundary_can_be_extended(settings: dict[str, Any]) -> None:
+    """The boundary it ended on is made up for, and the schedule is that of the configuration."""
+    schedule = {"scheduler.lr_decay_iters": 12}
+    whole = overridden(settings, {**schedule, "run_dir": settings["run_dir"] + "_whole"})
+    launch(whole)
+    settings = overridden(settings, schedule)
+    launch(overridden(settings, {"train.train_iters": 4}))
+    launch(settings)
+    rows, again = (read_rows(s["run_dir"], "metrics.jsonl") for s in (whole, settings))
+    assert without_timings(rows) == without_timings(again)
+    assert without_timings(read_rows(whole["run_dir"], "mixture.jsonl")) == without_timings(
+        read_rows(settings["run_dir"], "mixture.jsonl")
+    )
+
+
+def test_a_lost_gradient_stops_the_run_with_a_sentence(settings: dict[str, Any]) -> None:
+    result = launch(overridden(settings, {"optimizer.lr": 1e30}), ranks=2, check=False)
+    assert result.returncode != 0
+    assert result.stderr.count("error: the gradient is not finite at iteration") == 1
+    assert "megatron_tikmix/" not in result.stderr, "a traceback through our own files"
+
+
 def test_other_data_is_refused_on_resume(settings: dict[str, Any]) -> None:
     short = overridden(settings, {"train.train_iters": 4})
     launch(short)
@@ -68,7 +91,8 @@ def test_other_data_is_refused_on_resume(settings: dict[str, Any]) -> None:
         (Path(short["run_dir"]) / "checkpoints" / "iter_0000004" / "tikmix.json").read_text()
     )
     assert state["consumed_samples"] == 32
-    result = launch(overridden(settings, {"seed": 99}), check=False)
-    assert result.returncode == 2
-    assert "seed 1234" in result.stderr
-    assert "Traceback" not in result.stderr
+    for override, words in (({"seed": 99}, "seed 1234"), ({"model.num_attention_heads": 2}, "4")):
+        result = launch(overridden(settings, override), check=False)
+        assert result.returncode == 2
+        assert f"was saved with {next(iter(override)).strip()} {words.split()[-1]}" in result.stderr
+        assert "Traceback" not in result.stderr

@@ -40,10 +40,14 @@ def test_the_command_line_overrides_the_file(path: str) -> None:
 
 
 def test_bf16_settles_every_type(path: str) -> None:
-    config, _ = load_config([path, "--model.bf16", "true"])
+    config, resolved = load_config([path, "--model.bf16", "true"])
     assert config.model.params_dtype == config.model.pipeline_dtype == torch.bfloat16
     assert config.optimizer.bf16
     assert config.optimizer.params_dtype == torch.bfloat16
+    written = yaml.safe_load(resolved)
+    assert written["optimizer"]["bf16"]
+    assert written["model"]["params_dtype"] == "torch.bfloat16"
+    assert written["ddp"]["grad_reduce_in_fp32"]
 
 
 def test_the_distributed_optimizer_is_always_used(path: str) -> None:
@@ -58,11 +62,16 @@ def test_the_distributed_optimizer_is_always_used(path: str) -> None:
         (["--model.num_layer", "3"], "did you mean model.num_layers?"),
         (["--remix.interval_sample", "3"], "did you mean remix.interval_samples?"),
         (["--remix.policy", "magic"], "remix.policy"),
-        (["--remix.gamma", "-1"], "remix.gamma must not be negative"),
+        (["--remix.gamma", "-1"], "remix.gamma must be finite"),
         (["--remix.max_total_variation", "0"], "remix.max_total_variation"),
         (["--tasks", "{}"], "tasks must name"),
         (["--tasks", "{'a b': {domain: low}}"], "tasks.a b"),
         (["--scheduler.lr_decay_style", "WSD"], "lr_wsd_decay_iters"),
+        (["--model.num_attention_heads", "0"], "model.num_attention_heads must be given"),
+        (["--model.hidden_dropout", "2"], "model.hidden_dropout"),
+        (["--seed", "-5"], "seed"),
+        (["--nope", "1"], "unknown configuration field nope; see --help"),
+        (["--remix.preset", "paper", "--tasks.low.weight", "2"], "tasks.low.weight"),
     ],
 )
 def test_refusals(path: str, arguments: list[str], words: str) -> None:

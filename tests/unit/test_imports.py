@@ -49,7 +49,7 @@ def test_folders_import_only_what_lies_below(folder: str) -> None:
                 assert not (name + ".").startswith(word.rstrip(".") + "."), f"{path} imports {name}"
 
 
-def test_torch_distributed_is_imported_in_parallel_and_checkpoint_only() -> None:
+def test_torch_distributed_is_imported_in_parallel_only() -> None:
     users = {
         str(path.relative_to(PACKAGE))
         for path in PACKAGE.rglob("*.py")
@@ -58,7 +58,7 @@ def test_torch_distributed_is_imported_in_parallel_and_checkpoint_only() -> None
     assert {user.split("/")[0] for user in users} <= {"parallel"}
 
 
-def test_private_names_of_megatron_are_touched_in_two_files() -> None:
+def test_private_names_of_megatron_are_imported_in_two_files_only() -> None:
     for path in PACKAGE.rglob("*.py"):
         if str(path.relative_to(PACKAGE)) in PRIVATE:
             continue

@@ -12,6 +12,7 @@ from megatron_tikmix.data.builder import TrainingData
 from megatron_tikmix.parallel.initialize import initialize, shut_down
 from megatron_tikmix.pretrain import build
 from megatron_tikmix.training.loop import Run, train_interval
+from megatron_tikmix.training.record import Recorder
 from tests.conftest import overridden
 
 DAMPING = 0.1
@@ -40,7 +41,8 @@ def trained(
     config.check(1)
     parallel = initialize(config.model, config.seed, 5)
     try:
-        run = build(config, resolved, TrainingData(config), parallel)
+        recorder = Recorder(config, resolved, parallel)
+        run = build(config, TrainingData(config), recorder, parallel)
         train_interval(run, until=4)
         yield run
     finally:
