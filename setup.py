@@ -22,7 +22,6 @@ setup(
         "megatron-core>=0.16,<0.20",  # model, parallelism, optimizer, datasets, checkpoints
         "numpy>=1.26",  # mixing works on plain arrays
         "scipy>=1.11",  # SLSQP, the solver of TiKMiX-D
-        "lightgbm>=4.3",  # the surrogate of TiKMiX-M
         "tensorboard>=2.15",  # live curves
         "plotly>=6.0",  # the pictures of report.html, interactive and offline
         "rich>=13.7",  # progress bar and tables on the terminal

@@ -407,6 +407,18 @@ class RunConfig:
             f"({model.hidden_size}) must be a multiple of num_attention_heads "
             f"{model.num_attention_heads}",
         )
+        groups = model.num_query_groups or model.num_attention_heads
+        require(
+            model.num_attention_heads % groups == 0 and groups % tp == 0,
+            "model.num_query_groups",
+            f"({groups}) must divide num_attention_heads {model.num_attention_heads}, and be a "
+            f"multiple of tensor_model_parallel_size {tp}",
+        )
+        require(
+            (model.ffn_hidden_size or 0) > 0 and model.ffn_hidden_size % tp == 0,
+            "model.ffn_hidden_size",
+            f"({model.ffn_hidden_size}) must be a multiple of tensor_model_parallel_size {tp}",
+        )
         require(
             model.virtual_pipeline_model_parallel_size is None or pp > 1,
             "model.virtual_pipeline_model_parallel_size",

@@ -37,7 +37,14 @@ class SubBatchBank:
         The error is that of a ratio of sums over B sub-batches (B ≥ 2), with the validation
         gradients taken as given: a t interval with B − 1 degrees of freedom.
         """
-        return _matrix(self.sums_DBV, self.tokens_DB, self.domains, self.tasks)
+        B = self.tokens_DB.shape[1]
+        S_DV = _ratio(self.sums_DBV, self.tokens_DB)
+        residuals_DBV = self.sums_DBV - S_DV[:, None, :] * self.tokens_DB[:, :, None]
+        variance_DV = B / (B - 1) * (residuals_DBV**2).sum(axis=1)
+        error_DV = np.sqrt(variance_DV) / self.tokens_DB.sum(axis=1)[:, None]
+        return InfluenceMatrix(
+            S_DV.T, domains=self.domains, tasks=self.tasks, standard_error_VD=error_DV.T
+        )
 
     def redrawn(self, generator: np.random.Generator) -> InfluenceMatrix:
         """S_VD of a bootstrap draw of each domain's sub-batches: how much a decision owes to noise.
@@ -58,14 +65,3 @@ def _ratio(sums_DBV: np.ndarray, tokens_DB: np.ndarray) -> np.ndarray:
     """S_DV = Σ_b sums / Σ_b tokens."""
     S_DV: np.ndarray = sums_DBV.sum(axis=1) / tokens_DB.sum(axis=1)[:, None]
     return S_DV
-
-
-def _matrix(
-    sums_DBV: np.ndarray, tokens_DB: np.ndarray, domains: list[str], tasks: list[str]
-) -> InfluenceMatrix:
-    B = tokens_DB.shape[1]
-    S_DV = _ratio(sums_DBV, tokens_DB)
-    residuals_DBV = sums_DBV - S_DV[:, None, :] * tokens_DB[:, :, None]
-    variance_DV = B / (B - 1) * (residuals_DBV**2).sum(axis=1)
-    error_DV = np.sqrt(variance_DV) / tokens_DB.sum(axis=1)[:, None]
-    return InfluenceMatrix(S_DV.T, domains=domains, tasks=tasks, standard_error_VD=error_DV.T)
