@@ -2,6 +2,7 @@
 
 import copy
 import math
+from collections.abc import Callable
 
 import torch
 from megatron.core import tensor_parallel
@@ -127,7 +128,7 @@ def initialize_parameters(
         tensor.data.copy_(whole[shard])
 
 
-def _initialization(key: str, config: GPTConfig):  # type: ignore[no-untyped-def]
+def _initialization(key: str, config: GPTConfig) -> Callable[[torch.Tensor], object]:
     if "linear_proj." in key or "linear_fc2." in key:
         return config.output_layer_init_method
     return config.embedding_init_method if "embedding" in key else config.init_method
