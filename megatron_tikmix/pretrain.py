@@ -28,7 +28,7 @@ from megatron_tikmix.training.step import ForwardBackward, connect
 Made = TypeVar("Made")
 
 # How megatron-core refuses a configuration.
-_REFUSALS = (InputError, ValueError, AssertionError, RuntimeError, TypeError, ImportError)
+_REFUSALS = (ValueError, AssertionError, RuntimeError, TypeError, ImportError)
 
 
 def pretrain(config: RunConfig, resolved: str) -> None:

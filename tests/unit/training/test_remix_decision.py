@@ -20,11 +20,11 @@ def decide(noise: float, prior: Mixture | None = None, **remix: object) -> Decis
     bank = SubBatchBank(values_DBV * 64.0, np.full((3, 8), 64.0), DOMAINS, TASKS)
     nowhere = SimpleNamespace(model=[], parallel=None)
     remixer = Remixer(
-        nowhere,  # type: ignore[arg-type]
+        nowhere,
         None,
-        None,  # type: ignore[arg-type]
-        None,  # type: ignore[arg-type]
-        remix=RemixConfig(**remix),  # type: ignore[arg-type]
+        None,
+        None,
+        remix=RemixConfig(**remix),
         probe=ProbeConfig(),
         task_weights=dict.fromkeys(TASKS, 1.0),
     )
@@ -65,7 +65,7 @@ def test_a_gradient_that_is_lost_names_its_domain_and_keeps_the_mixture(bad: flo
     values_DBV[1, 3, 0] = bad
     bank = SubBatchBank(values_DBV, np.ones((3, 8)), DOMAINS, TASKS)
     decision = Remixer._decide(
-        SimpleNamespace(),  # type: ignore[arg-type]
+        SimpleNamespace(),
         bank,
         1,
         Mixture.uniform(DOMAINS),
