@@ -21,7 +21,8 @@ setup(
         "torch>=2.6",  # tensors, autograd, process groups
         "megatron-core>=0.16,<0.20",  # model, parallelism, optimizer, datasets, checkpoints
         "numpy>=1.26",  # mixing works on plain arrays
-        "scipy>=1.11",  # SLSQP, the solver of TiKMiX-D
+        "scipy>=1.16",  # SLSQP with its multipliers, linear programs, t quantiles
+        "clarabel>=0.9",  # interior-point solver: TiKMiX-D with many domains, or with cones
         "tensorboard>=2.15",  # live curves
         "plotly>=6.0",  # the pictures of report.html, interactive and offline
         "rich>=13.7",  # progress bar and tables on the terminal
@@ -36,6 +37,8 @@ setup(
             "pytest>=8",
             "pytest-timeout>=2.3",
             "hypothesis>=6.100",
+            "cvxpy>=1.6",  # states TiKMiX-D's problem a second time,
+            "ecos>=2.0.14",  # and solves it with another solver
             "ruff>=0.6",
             "mypy>=1.11",
             "types-PyYAML",

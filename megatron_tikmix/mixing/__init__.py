@@ -1,7 +1,8 @@
 """Mixtures of training domains: deciding them, and drawing samples by them. No torch."""
 
 from megatron_tikmix.mixing.blending import StageBlend
-from megatron_tikmix.mixing.constraints import MixtureConstraints
+from megatron_tikmix.mixing.certificate import Certificate
+from megatron_tikmix.mixing.constraints import DomainGroup, MixtureConstraints, epoch_caps
 from megatron_tikmix.mixing.influence_matrix import InfluenceMatrix
 from megatron_tikmix.mixing.mixture import WEIGHT_TOTAL, Mixture
 from megatron_tikmix.mixing.objective import Objective
@@ -11,6 +12,8 @@ from megatron_tikmix.mixing.tikmix_d import solve_tikmix_d
 
 __all__ = [
     "WEIGHT_TOTAL",
+    "Certificate",
+    "DomainGroup",
     "InfluenceMatrix",
     "Mixture",
     "MixtureConstraints",
@@ -20,5 +23,6 @@ __all__ = [
     "SampleLocation",
     "Stage",
     "StageBlend",
+    "epoch_caps",
     "solve_tikmix_d",
 ]

@@ -34,6 +34,10 @@ class InfluenceMatrix:
     standard_error_VD: Array | None = None
     """Standard errors of the values, the same shape and units; None when not known."""
 
+    degrees_of_freedom: float | None = None
+    """Of the standard errors, for Student's t (one less than the sub-batches of a domain); None:
+    the errors are taken as known."""
+
     def __post_init__(self) -> None:
         for field, names in (("domains", self.domains), ("tasks", self.tasks)):
             if not names or len(set(names)) < len(names):
@@ -45,6 +49,10 @@ class InfluenceMatrix:
             if (errors_VD < 0).any():
                 raise InputError("influence: a standard error is negative; it must be 0 or more")
             object.__setattr__(self, "standard_error_VD", errors_VD)
+        if self.degrees_of_freedom is not None and not self.degrees_of_freedom > 0:
+            raise InputError(
+                f"influence: degrees_of_freedom is {self.degrees_of_freedom}; it must be positive"
+            )
 
     def _checked(self, what: str, given: ArrayLike) -> Array:
         array_VD = np.array(given, dtype=np.float64)
@@ -75,15 +83,33 @@ class InfluenceMatrix:
             domains=domains,
             tasks=tasks,
             standard_error_VD=None if errors_VD is None else errors_VD[order],
+            degrees_of_freedom=self.degrees_of_freedom,
         )
 
+    @property
+    def scale_V(self) -> Array:
+        """n_i = max_j |S_ij| of each task, (V,); 1 for a row of zeros. The answer of the solvers
+        does not change when a row is scaled."""
+        largest_V: Array = np.abs(self.values_VD).max(axis=1)
+        return np.where(largest_V > 0, largest_V, 1.0)
+
+    def normalised_errors(self) -> Array | None:
+        """Standard errors of the rows over their scale, (V, D); those of a row of zeros, which
+        drops out, are 0."""
+        if self.standard_error_VD is None:
+            return None
+        errors_VD: Array = self.standard_error_VD / self.scale_V[:, None]
+        kept_V1 = np.abs(self.values_VD).max(axis=1, keepdims=True) > 0
+        return np.where(kept_V1, errors_VD, 0.0)
+
     def to_json(self) -> dict[str, Any]:
-        """``{"influence": {task: {domain: value}}, "influence_se": the same or None}``, the keys
-        of the ledger."""
+        """``{"influence": {task: {domain: value}}, "influence_se": the same or None,
+        "influence_df": number or None}``, the keys of the ledger."""
         errors_VD = self.standard_error_VD
         return {
             "influence": self._nested(self.values_VD),
             "influence_se": None if errors_VD is None else self._nested(errors_VD),
+            "influence_df": self.degrees_of_freedom,
         }
 
     def _nested(self, array_VD: Array) -> dict[str, dict[str, float]]:
@@ -111,6 +137,7 @@ class InfluenceMatrix:
             domains=domains,
             tasks=tasks,
             standard_error_VD=None if errors is None else np.array(array_VD(errors)),
+            degrees_of_freedom=data.get("influence_df"),
         )
 
     def __repr__(self) -> str:

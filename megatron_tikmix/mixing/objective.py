@@ -17,12 +17,12 @@ _ROUNDING = 1e-15  # a std below so much of the gains is 0, with a direction mad
 
 @dataclass(frozen=True, eq=False)
 class Objective:
-    """L(w) = α·std(P̂) − β·gain(P̂) − γ·H(w), to be minimised; convex in w.
+    """L(w) = α·std(P̂) − β·gain(P̂) − γ·diversity(w), to be minimised; convex in w.
 
         P̂_V = rows_VD w_D                 influence gained per task, in normalised rows
         std  = sqrt(Σ_i u_i (P̂_i − m)²)   m = Σ_i u_i P̂_i; population standard deviation
         gain = gain_scale · Σ_i u_i P̂_i
-        H    = −Σ_j w_j ln w_j
+        diversity = H(w) = −Σ_j w_j ln w_j, or with a reference −KL(w ‖ reference)
 
     The parts in P̂ take P̂ itself, float64 (V,), so that they hold for any way to predict it.
     Make one with :meth:`of`.
@@ -41,6 +41,9 @@ class Objective:
     beta: float
     gamma: float
 
+    log_reference_D: Array | None = None
+    """ln of the reference mixture (0 where that is 0: there w must be 0); None: entropy."""
+
     @classmethod
     def of(
         cls,
@@ -51,10 +54,11 @@ class Objective:
         gamma: float = 1.0,
         task_weights_V: Array | None = None,
         preset: Literal["paper"] | None = None,
+        reference_D: Array | None = None,
     ) -> "Objective":
         """The objective for an influence matrix (V, D) in the benefit sign, of any row scale.
 
-        `task_weights_V` (default: equal) need not sum to 1.
+        `task_weights_V` (default: equal) need not sum to 1. `reference_D` is a mixture.
         """
         largest_V1 = np.abs(influence_VD).max(axis=1, keepdims=True)
         kept_V = largest_V1[:, 0] > 0
@@ -66,6 +70,9 @@ class Objective:
             alpha=alpha,
             beta=beta,
             gamma=gamma,
+            log_reference_D=(
+                None if reference_D is None else np.log(np.where(reference_D > 0, reference_D, 1.0))
+            ),
         )
 
     def uniformity(self, gains_V: Array, smoothing: float = 0.0) -> tuple[float, Array]:
@@ -91,14 +98,17 @@ class Objective:
         return float(gradient_V @ gains_V), gradient_V
 
     def diversity(self, weights_D: Array) -> tuple[float, Array]:
-        """Entropy of the mixture, natural log, and its gradient (D,).
+        """Entropy of the mixture, natural log, or −KL to the reference; and its gradient (D,).
 
         Below 1e-12 a weight's −w·ln w goes on as a straight line: the value is off by at most
         1e-12, and the slope at 0 stays finite.
         """
         log_D = np.log(np.maximum(weights_D, _TINY))
         terms_D = np.where(weights_D > _TINY, -weights_D * log_D, _TINY - weights_D * (log_D + 1))
-        return float(terms_D.sum()), -(log_D + 1)
+        value, gradient_D = float(terms_D.sum()), -(log_D + 1)
+        if self.log_reference_D is None:
+            return value, gradient_D
+        return value + float(weights_D @ self.log_reference_D), gradient_D + self.log_reference_D
 
     def value(self, weights_D: Array) -> float:
         """L(w)."""

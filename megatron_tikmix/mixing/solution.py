@@ -3,6 +3,7 @@
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from megatron_tikmix.mixing.certificate import Certificate
 from megatron_tikmix.mixing.mixture import Mixture
 
 
@@ -19,11 +20,12 @@ class MixtureSolution:
     mixture: Mixture
 
     status: Literal["solved", "fallback"]
-    """`solved`: within the constraints, and no worse than the prior. `fallback`: the mixture is
-    the prior, for the `reason` given."""
+    """`solved`: certified. `fallback`: the nearest mixture to the prior within the hard
+    constraints (the prior itself, if it keeps them), for the `reason` given."""
 
     reason: str
-    """Why the prior was kept, in words; empty when solved."""
+    """In words: why the fallback, and which constraint had to give way; empty if there is nothing
+    to say."""
 
     objective: float
     uniformity: float
@@ -43,14 +45,22 @@ class MixtureSolution:
     """Of the mixture from the prior."""
 
     active_constraints: list[str]
-    """Those met with equality: `lower:<domain>`, `upper:<domain>`, `total_variation`,
+    """Those met with equality: `lower:<domain>`, `upper:<domain>`, `fixed:<domain>`,
+    `max_epochs:<domain>`, `group_lower:<group>`, `group_upper:<group>`, `total_variation`,
     `pareto:<task>`."""
 
-    solver_status: int
-    """SLSQP's own: 0 converged, 8 converged as far as rounding lets it, others: not."""
+    certificate: Certificate | None
+    """Of the mixture: feasible, and how far from the optimum at most; None for a fallback."""
+
+    solver: str
+    """`slsqp` or `clarabel`, whichever found the mixture (for a fallback, was tried last)."""
 
     solver_message: str
     iterations: int
+
+    details: dict[str, Any] = field(default_factory=dict)
+    """What only one method has to tell, as plain values."""
+
     solve_seconds: float = field(compare=False)
 
     def to_json(self) -> dict[str, Any]:

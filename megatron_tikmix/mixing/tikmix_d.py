@@ -2,25 +2,32 @@
 
 import math
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import Bounds, LinearConstraint, minimize
 
 from megatron_tikmix.errors import InputError
+from megatron_tikmix.mixing import conic, slsqp
+from megatron_tikmix.mixing.certificate import Certificate, certify
 from megatron_tikmix.mixing.constraints import MixtureConstraints
 from megatron_tikmix.mixing.influence_matrix import InfluenceMatrix
 from megatron_tikmix.mixing.mixture import Mixture
 from megatron_tikmix.mixing.objective import Objective
+from megatron_tikmix.mixing.region import FEASIBLE, Region, region_of
 from megatron_tikmix.mixing.solution import MixtureSolution
 
 Array = NDArray[np.float64]
+Solver = Callable[[Objective, Region], slsqp.Answer]
 
-_TOLERANCE = 1e-8  # a constraint may be broken by so much; within it, a constraint is active
-_SMOOTHING = 1e-8  # of the kink of std: the optimum moves by at most α times half of it, in L
+SLSQP_DOMAINS = 32
+"""SLSQP, whose cost grows with the cube of the domains, goes first up to so many."""
+
+_SLSQP_MOST = 200  # beyond it SLSQP would take minutes: it is not tried at all
+_FLOOR = 1e-9  # the prior's least weight where the nearest mixture to it is sought
 
 
 def solve_tikmix_d(
@@ -33,178 +40,219 @@ def solve_tikmix_d(
     task_weights: Mapping[str, float] | None = None,
     preset: Literal["paper"] | None = None,
     constraints: MixtureConstraints | None = None,
+    diversity_reference: Mixture | None = None,
 ) -> MixtureSolution:
-    """Minimise L(w) = α·std(P̂) − β·gain(P̂) − γ·H(w) within the constraints (method.md, §2).
+    """Minimise L(w) = α·std(P̂) − β·gain(P̂) − γ·diversity(w) within the constraints.
 
-    SLSQP with analytic derivatives, from the uniform mixture, or as far towards it as the limit
-    on total variation allows. If its answer breaks a constraint by more than 1e-8 (in weight, or
-    on normalised rows) or is worse than the prior, the prior is returned, with the reason.
+    Source: paper, section 3.3; method.md, section 2. Up to 32 domains SLSQP goes first, from the
+    uniform mixture; above, and with cones, Clarabel. An answer is used only if it is certified:
+    feasible to 1e-8 and within 1e-6 of the optimum by a duality gap. Otherwise the other solver
+    has a try, and then the fallback is the prior, or the nearest mixture to it (in KL divergence)
+    that keeps the hard constraints.
 
     Args:
-        influence: (V, D) in the benefit sign, rows of any scale; its errors are not used.
+        influence: (V, D) in the benefit sign, rows of any scale.
         prior: the mixture in force, over the same domains.
-        alpha, beta, gamma: weights of uniformity over tasks, of the gain and of the entropy.
+        alpha, beta, gamma: weights of uniformity over tasks, of the gain and of the diversity.
         task_weights: what each task counts for, by name; need not sum to 1 (default: equal).
         preset: `paper` takes the raw sum over tasks as the gain.
         constraints: default :class:`MixtureConstraints`.
+        diversity_reference: diversity is −KL(w ‖ reference), for example to the token
+            proportions or to the mixture in force; default: the entropy of w, whose reference is
+            the uniform mixture. A domain of reference weight 0 gets 0.
 
     Raises:
-        InputError: `prior` and `influence` name different domains, or an argument is out of
-            range.
+        InputError: `prior`, `influence` and `diversity_reference` name different domains, an
+            argument is out of range, or hard constraints cannot hold together.
     """
     started = time.perf_counter()
-    _check(alpha=alpha, beta=beta, gamma=gamma, task_weights=task_weights, preset=preset)
-    # Solved in the order of the names: the order the caller happens to use cannot matter.
-    matrix = influence.sorted_by_name()
-    problem = _Problem(
-        objective=Objective.of(
+    problem = Problem.of(
+        influence,
+        prior,
+        alpha=alpha,
+        beta=beta,
+        gamma=gamma,
+        task_weights=task_weights,
+        preset=preset,
+        constraints=constraints,
+        diversity_reference=diversity_reference,
+    )
+    problem, concession = problem.made_feasible()
+    answer, certificate, failures = problem.minimise()
+    weights_D = answer.weights_D
+    reasons = [concession]
+    if certificate is None:
+        weights_D = problem.nearest_to_prior(problem.region.without_pareto())
+        reasons += [failures, "the mixture in force is kept, or the nearest that is allowed"]
+    # As it was given, to the last bit, where nothing moved.
+    unmoved = np.array_equal(weights_D, problem.region.prior_D)
+    by_name = dict(zip(problem.domains, weights_D.tolist(), strict=True))
+    mixture = prior if unmoved else Mixture({name: by_name[name] for name in prior})
+    return problem.describe(
+        mixture,
+        prior,
+        order_of_tasks=influence.tasks,
+        status="fallback" if certificate is None else "solved",
+        reason="; ".join(
+            part for part in (concession, failures if not certificate else "") if part
+        ),
+        certificate=certificate,
+        solver=answer.solver,
+        solver_message=answer.status,
+        iterations=answer.iterations,
+        solve_seconds=time.perf_counter() - started,
+    )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Problem:
+    """What is to be minimised, within what; domains and tasks in the order of their names, so
+    that the order the caller happens to use cannot matter."""
+
+    objective: Objective
+    region: Region
+
+    @property
+    def domains(self) -> Sequence[str]:
+        return self.region.domains
+
+    @property
+    def tasks(self) -> Sequence[str]:
+        return self.region.tasks
+
+    @classmethod
+    def of(
+        cls,
+        influence: InfluenceMatrix,
+        prior: Mixture,
+        *,
+        alpha: float,
+        beta: float,
+        gamma: float,
+        task_weights: Mapping[str, float] | None,
+        preset: Literal["paper"] | None,
+        constraints: MixtureConstraints | None,
+        diversity_reference: Mixture | None,
+    ) -> "Problem":
+        """The arguments of :func:`solve_tikmix_d`, checked, as arrays.
+
+        Raises:
+            InputError: as there.
+        """
+        _check(alpha=alpha, beta=beta, gamma=gamma, task_weights=task_weights, preset=preset)
+        matrix = influence.sorted_by_name()
+        reference_D = None
+        if diversity_reference is not None:
+            reference_D = diversity_reference.array(matrix.domains)
+        objective = Objective.of(
             matrix.values_VD,
             alpha=alpha,
             beta=beta,
             gamma=gamma,
             task_weights_V=_task_weights(task_weights, matrix.tasks),
             preset=preset,
-        ),
-        constraints=constraints or MixtureConstraints(),
-        domains=matrix.domains,
-        tasks=matrix.tasks,
-        prior_D=prior.array(matrix.domains),
-    )
-    weights_D, solver = problem.minimise()
-    reason = problem.objection(weights_D)
-    mixture = prior
-    if not reason:
-        by_name = dict(zip(matrix.domains, weights_D.tolist(), strict=True))
-        mixture = Mixture({name: by_name[name] for name in prior})
-    facts = problem.describe(mixture.array(matrix.domains))
-    for gains in ("gain_before", "gain_after"):
-        facts[gains] = {task: facts[gains][task] for task in influence.tasks}
-    return MixtureSolution(
-        mixture=mixture,
-        status="fallback" if reason else "solved",
-        reason=reason,
-        effective_domains=mixture.effective_domains,
-        total_variation=prior.total_variation(mixture),
-        solve_seconds=time.perf_counter() - started,
-        **facts,
-        **solver,
-    )
+            reference_D=reference_D,
+        )
+        region = region_of(
+            constraints or MixtureConstraints(),
+            matrix.domains,
+            matrix.tasks,
+            prior.array(matrix.domains),
+            objective.rows_VD,
+            matrix.normalised_errors(),
+            degrees_of_freedom=matrix.degrees_of_freedom,
+            reference_D=reference_D,
+        )
+        return cls(objective=objective, region=region)
 
+    def made_feasible(self) -> tuple["Problem", str]:
+        """The problem where the constraints can hold together, and what had to give way for it.
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class _Problem:
-    """What is to be minimised, within what; domains and tasks in the order of their names."""
-
-    objective: Objective
-    constraints: MixtureConstraints
-    domains: Sequence[str]
-    tasks: Sequence[str]
-    prior_D: Array
-
-    def minimise(self) -> tuple[Array, dict[str, Any]]:
-        """SLSQP's answer (D,), and what it says of itself.
-
-        The variables are p, q ≥ 0 with w = prior + p − q: so the total variation is Σp, and the
-        bounds on w are bounds on p and q.
+        The mixture in force keeps Pareto and the limit to the change, being where both are
+        measured from; so they conflict with others only if it breaks a hard constraint. Then
+        Pareto gives way first, and is measured from the nearest mixture that is allowed; the
+        limit gives way next, and the mixture moves as far as it must.
         """
+        region = self.region
+        if region.violation(region.prior_D)[0] <= FEASIBLE:
+            return self, ""
+        conflict = region.conflict()
+        if conflict is None:
+            return self, ""
+        concession = f"{conflict}; Pareto is measured from the nearest mixture that is allowed"
+        allowed = region.without_pareto()
+        if conflict := allowed.conflict():
+            allowed = allowed.hard()
+            concession = f"{conflict}; the mixture moves further than its limit, as it must"
+        origin_D = self.nearest_to_prior(allowed)
+        moved = 0.5 * float(np.abs(origin_D - region.prior_D).sum())
+        if region.limit is not None and region.limit < moved:
+            # So little room, for the solvers, that it does not matter.
+            region = replace(region, limit=min(1.0, moved + FEASIBLE))
+        return replace(self, region=replace(region, origin_D=origin_D)), concession
 
-        def value_and_gradient(moves: Array) -> tuple[float, Array]:
-            value, slope_D = self.objective.value_and_gradient(self._mixture(moves), _SMOOTHING)
-            return value, np.concatenate([slope_D, -slope_D])
-
-        answer = minimize(
-            value_and_gradient,
-            self._start(),
-            jac=True,
-            method="SLSQP",
-            bounds=self._bounds(),
-            constraints=self._linear_constraints(),
-            options={"ftol": 1e-14, "maxiter": 500},
+    def nearest_to_prior(self, region: Region) -> Array:
+        """The mixture of `region`, which must not be empty, nearest to the prior: the one of least
+        KL divergence from it, so that what must be moved is spread in proportion; (D,)."""
+        if region.violation(region.prior_D)[0] <= FEASIBLE:
+            return region.prior_D
+        reference_D = np.maximum(region.prior_D, _FLOOR)
+        distance = replace(
+            self.objective, alpha=0.0, beta=0.0, gamma=1.0, log_reference_D=np.log(reference_D)
         )
-        return self._tidied(self._mixture(answer.x)), {
-            "solver_status": int(answer.status),
-            "solver_message": str(answer.message),
-            "iterations": int(answer.nit),
-        }
+        return region.tidied(conic.solve(distance, region).weights_D)
 
-    def _mixture(self, moves: Array) -> Array:
-        p_D, q_D = np.split(moves, 2)
-        return self.prior_D + p_D - q_D
+    def minimise(self) -> tuple[slsqp.Answer, Certificate | None, str]:
+        """The first certified answer, its certificate, and what was wrong with those before it;
+        without any, the last answer and None."""
+        failures = []
+        for solve in self._solvers():
+            answer = solve(self.objective, self.region)
+            if not np.isfinite(answer.weights_D).all():
+                failures.append(f"{answer.solver} returned weights that are not finite")
+                continue
+            answer = replace(answer, weights_D=self.region.tidied(answer.weights_D))
+            certificate = certify(self.objective, self.region, answer.weights_D, answer.multipliers)
+            if certificate.holds:
+                return answer, certificate, ""
+            worst = self.region.violation(answer.weights_D)[1]
+            which = f" ({worst})" if certificate.violation > FEASIBLE else ""
+            failures.append(f"{answer.solver} is not certified: {certificate}{which}")
+        return answer, None, "; ".join(failures)
 
-    def _tidied(self, weights_D: Array) -> Array:
-        """The weights without the solver's rounding: a mixture, no further than the limit."""
-        weights_D = weights_D.clip(min=0)
-        move_D = weights_D / weights_D.sum() - self.prior_D
-        return self.prior_D + self._within_limit(move_D)
+    def _solvers(self) -> Iterator[Solver]:
+        D, region = len(self.domains), self.region
+        if not (region.lower_D < region.upper_D).any():
+            yield slsqp.solve  # nothing is left to decide, and it sees that
+        elif D <= SLSQP_DOMAINS and region.errors_VD is None:
+            yield from (slsqp.solve, conic.solve)
+        else:
+            yield conic.solve
+            yield slsqp.solve if D <= _SLSQP_MOST else partial(conic.solve, regularization=1e-8)
 
-    def _within_limit(self, move_D: Array) -> Array:
-        """The move, cut short where its total variation is above the limit."""
-        return move_D * (self._limit / max(0.5 * np.abs(move_D).sum(), self._limit))
-
-    @property
-    def _limit(self) -> float:
-        return self.constraints.max_total_variation or 1.0  # no two mixtures are further apart
-
-    def _start(self) -> Array:
-        """p, q towards the uniform mixture, as far as the limit allows."""
-        move_D = self._within_limit(1 / len(self.prior_D) - self.prior_D)
-        return np.concatenate([move_D.clip(min=0), (-move_D).clip(min=0)])
-
-    def _bounds(self) -> Bounds:
-        lower_D, upper_D = self.constraints.bounds(self.domains)
-        room_D, surplus_D = upper_D - self.prior_D, self.prior_D - lower_D
-        least = np.concatenate([-surplus_D, -room_D])  # above 0 where the prior breaks a bound
-        return Bounds(least.clip(min=0), np.concatenate([room_D, surplus_D]).clip(min=0))
-
-    def _linear_constraints(self) -> list[LinearConstraint]:
-        """Σp − Σq = 0, Σp ≤ limit and, where it is asked for, Pareto."""
-        ones_D, zeros_D = np.ones_like(self.prior_D), np.zeros_like(self.prior_D)
-        rows_VD = self.objective.rows_VD if self.constraints.pareto else np.empty((0, len(ones_D)))
-        least = np.concatenate([[-self._limit], np.zeros(len(rows_VD))])
-        return [
-            LinearConstraint(np.block([ones_D, -ones_D])[None], 0.0, 0.0),
-            LinearConstraint(np.block([[-ones_D, zeros_D], [rows_VD, -rows_VD]]), least, np.inf),
-        ]
-
-    def slacks(self, weights_D: Array) -> dict[str, float]:
-        """What is left of every constraint, by name."""
-        return self.constraints.slacks(
-            weights_D, self.prior_D, self.objective.rows_VD, self.domains, self.tasks
+    def describe(
+        self, mixture: Mixture, prior: Mixture, order_of_tasks: Sequence[str], **facts: Any
+    ) -> MixtureSolution:
+        """The solution, with the fields that follow from the mixture."""
+        objective, weights_D = self.objective, mixture.array(self.domains)
+        before_V = objective.rows_VD @ prior.array(self.domains)
+        after_V = objective.rows_VD @ weights_D
+        before = dict(zip(self.tasks, before_V.tolist(), strict=True))
+        after = dict(zip(self.tasks, after_V.tolist(), strict=True))
+        slacks = self.region.slacks(weights_D)
+        return MixtureSolution(
+            mixture=mixture,
+            objective=objective.value(weights_D),
+            uniformity=objective.uniformity(after_V)[0],
+            gain=objective.gain(after_V)[0],
+            diversity=objective.diversity(weights_D)[0],
+            effective_domains=mixture.effective_domains,
+            gain_before={task: before[task] for task in order_of_tasks},
+            gain_after={task: after[task] for task in order_of_tasks},
+            total_variation=prior.total_variation(mixture),
+            active_constraints=[name for name, slack in slacks.items() if slack <= FEASIBLE],
+            **facts,
         )
-
-    def objection(self, weights_D: Array) -> str:
-        """Why these weights must not be used, in words; empty if they may."""
-        if not np.isfinite(weights_D).all():
-            return "the solver returned weights that are not finite; the mixture is kept"
-        slacks = self.slacks(weights_D)
-        worst = min(slacks, key=lambda name: slacks[name])
-        if slacks[worst] < -_TOLERANCE:
-            return (
-                f"the solver's answer breaks the constraint {worst} by {-slacks[worst]:.2g}; "
-                "the mixture is kept"
-            )
-        excess = self.objective.value(weights_D) - self.objective.value(self.prior_D)
-        if excess > _TOLERANCE and min(self.slacks(self.prior_D).values()) >= -_TOLERANCE:
-            return (
-                f"the solver's answer is worse than the prior by {excess:.2g}; the mixture is kept"
-            )
-        return ""
-
-    def describe(self, weights_D: Array) -> dict[str, Any]:
-        """The fields of :class:`MixtureSolution` that follow from the weights."""
-        objective = self.objective
-        before_V, after_V = objective.rows_VD @ self.prior_D, objective.rows_VD @ weights_D
-        return {
-            "objective": objective.value(weights_D),
-            "uniformity": objective.uniformity(after_V)[0],
-            "gain": objective.gain(after_V)[0],
-            "diversity": objective.diversity(weights_D)[0],
-            "gain_before": dict(zip(self.tasks, before_V.tolist(), strict=True)),
-            "gain_after": dict(zip(self.tasks, after_V.tolist(), strict=True)),
-            "active_constraints": [
-                name for name, slack in self.slacks(weights_D).items() if slack <= _TOLERANCE
-            ],
-        }
 
 
 def _check(

@@ -1,6 +1,5 @@
 import json
 import math
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,9 +13,11 @@ from megatron_tikmix.mixing import (
     Mixture,
     MixtureConstraints,
     Objective,
+    conic,
+    slsqp,
     solve_tikmix_d,
-    tikmix_d,
 )
+from megatron_tikmix.mixing.certificate import Multipliers
 
 seeds = given(st.integers(0, 2**32 - 1))
 some = settings(deadline=None, max_examples=25)
@@ -86,7 +87,7 @@ def test_no_feasible_point_is_better(seed):
     rng, influence, prior, options = random_case(seed)
     solution = solve_tikmix_d(influence, prior, **options)
     objective = objective_of(influence, options)
-    points_ND = feasible_points(rng, influence, prior, options["constraints"], 3000)
+    points_ND = feasible_points(rng, influence, prior, options["constraints"], 10_000)
     # Half-way to the answer the neighbourhood of the optimum is tried as well.
     nearer_ND = solution.mixture.array() + 0.01 * (points_ND - solution.mixture.array())
     best = min(objective.value(weights_D) for weights_D in np.vstack([points_ND, nearer_ND]))
@@ -181,13 +182,14 @@ def test_constraints_hold(seed):
 
 @pytest.mark.parametrize("seed", [3, 6, 31])
 def test_the_solvers_rounding_is_not_taken_for_a_broken_limit(seed):
-    """Of a hundred domains SLSQP leaves the change up to 1e-7 above its limit."""
+    """Of a hundred domains a solver leaves the change up to 1e-7 above its limit."""
     rng = np.random.default_rng(seed)
     influence, prior = named(rng.normal(size=(1, 100)), rng.dirichlet(np.ones(100)))
     constraints = MixtureConstraints(max_total_variation=0.02)
     solution = solve_tikmix_d(influence, prior, beta=15, constraints=constraints)
     assert solution.status == "solved"
-    assert solution.total_variation == pytest.approx(0.02, abs=1e-12)
+    assert solution.total_variation <= 0.02 + 1e-12
+    assert solution.total_variation == pytest.approx(0.02, abs=1e-7)
 
 
 def test_pareto_protects_a_task_that_would_lose():
@@ -310,42 +312,51 @@ def test_a_bound_that_the_prior_breaks_is_enforced():
     assert "upper:domain002" in solution.active_constraints
 
 
-def test_constraints_that_conflict_keep_the_prior_and_say_which():
-    influence, prior = named([[1.0, 0.0]], [0.8, 0.2])
-    constraints = MixtureConstraints(upper={"domain000": 0.7})
-    solution = solve_tikmix_d(influence, prior, constraints=constraints)
-    assert solution.status == "fallback"
-    assert solution.mixture == prior
-    assert "breaks the constraint" in solution.reason
-    assert solution.gain_after == solution.gain_before == {"task000": 0.8}
-    assert solution.total_variation == 0
+def answering(weights_D, name="broken"):
+    """A solver that always gives these weights, with multipliers of zero."""
+
+    def solve(objective, region, **_):
+        V = len(objective.rows_VD)
+        nothing = Multipliers(np.zeros(V), np.zeros(0), 0.0, np.zeros(len(region.rows_VD)))
+        weights = np.broadcast_to(np.asarray(weights_D, float), region.prior_D.shape)
+        return slsqp.Answer(weights.copy(), nothing, name, "gave up", 1)
+
+    return solve
 
 
 @pytest.mark.parametrize(
     ("answer", "reason"),
-    [(np.nan, "not finite"), ([0, 0, 0.5, 0.5, 0, 0], "pareto"), ([0] * 6, None)],
+    [(np.nan, "not finite"), ([0.4, 0.2, 0.4], "pareto"), ([0.5, 0.4, 0.1], "duality gap")],
 )
 def test_a_solver_that_fails_is_not_believed(monkeypatch, answer, reason):
-    def broken(function, start, **_):
-        moves = np.broadcast_to(np.asarray(answer, float), start.shape)
-        return SimpleNamespace(x=moves, nit=1, status=9, message="gave up")
-
-    monkeypatch.setattr(tikmix_d, "minimize", broken)
     influence, prior = named([[1.0, 0.5, 0.1], [0.5, 1.0, 0.1]], [0.5, 0.4, 0.1])
-    solution = solve_tikmix_d(influence, prior)
-    assert solution.mixture == prior
-    assert solution.status == ("fallback" if reason else "solved")
-    assert (reason or "") in solution.reason
-    assert (solution.solver_status, solution.solver_message) == (9, "gave up")
+    right = solve_tikmix_d(influence, prior)
+    monkeypatch.setattr(slsqp, "solve", answering(answer))
+    second = solve_tikmix_d(influence, prior)
+    assert (second.status, second.solver, second.reason) == ("solved", "clarabel", "")
+    np.testing.assert_allclose(second.mixture.array(), right.mixture.array(), atol=1e-6)
+    monkeypatch.setattr(conic, "solve", answering(answer))
+    neither = solve_tikmix_d(influence, prior)
+    assert neither.mixture == prior
+    assert neither.status == "fallback"
+    assert neither.certificate is None
+    assert reason in neither.reason
+    assert neither.solver_message == "gave up"
 
 
-def test_an_answer_worse_than_the_prior_is_not_used(monkeypatch):
-    influence, prior = named([[1.0, 1.0]], [0.5, 0.5])
-    worse = SimpleNamespace(x=np.array([0.2, 0, 0, 0.2]), nit=1, status=0, message="done")
-    monkeypatch.setattr(tikmix_d, "minimize", lambda *_, **__: worse)
+def test_large_problems_have_a_second_solver_too(monkeypatch):
+    rng = np.random.default_rng(0)
+    influence, prior = named(rng.normal(size=(3, 250)), rng.dirichlet(np.ones(250)))
+    solve = conic.solve
+
+    def failing_at_first(objective, region, *, regularization=None):
+        if regularization is None:
+            return answering(prior.array())(objective, region)
+        return solve(objective, region, regularization=regularization)
+
+    monkeypatch.setattr(conic, "solve", failing_at_first)
     solution = solve_tikmix_d(influence, prior)
-    assert solution.mixture == prior
-    assert "worse than the prior" in solution.reason
+    assert (solution.status, solution.solver) == ("solved", "clarabel")
 
 
 def test_task_weights_and_the_paper_preset_reach_the_objective():
@@ -394,8 +405,14 @@ def test_a_solution_says_what_it_did_and_is_the_same_every_time():
         ({"constraints": {"max_total_variation": 1.5}}, "max_total_variation"),
         ({"constraints": {"max_total_variation": math.nan}}, "max_total_variation"),
         ({"constraints": {"upper": {"other": 0.5}}}, "other"),
-        ({"constraints": {"upper": 0.3}}, "sum to"),
-        ({"constraints": {"lower": 0.6}}, "sum to"),
+        (
+            {"constraints": {"upper": 0.3}},
+            "domain000, upper:domain001 .* by 0.4",
+        ),
+        (
+            {"constraints": {"lower": 0.6}},
+            "domain000, lower:domain001 .* by 0.2",
+        ),
         ({"constraints": {"lower": -0.1}}, "lower"),
         ({"constraints": {"lower": {"domain001": 0.5}, "upper": {"domain001": 0.4}}}, "domain001"),
     ],
