@@ -31,61 +31,78 @@ class Answer:
 class _Constraints:
     """Every constraint but the bounds, as SLSQP wants them: of the moves (p, q), w = prior + p − q.
 
-    So the total variation is Σp, and the bounds on w are bounds on p and q.
+    So the total variation is Σp, and the bounds on w are bounds on p and q. The inequalities are
+    rows·(p, q) + offset ≥ 0, in the order groups, limit, Pareto; with cones Pareto's have a part
+    that is not linear.
     """
 
     def __init__(self, region: Region) -> None:
         self.region = region
         ones_D = np.ones(len(region.prior_D))
         self.sum_row = np.concatenate([ones_D, -ones_D])[None]
-        self.change_row = np.concatenate([-ones_D, 0 * ones_D])[None]
-        self.groups_rows = np.hstack([region.groups_MD, -region.groups_MD])
+        limited = 0 if region.limit is None else 1
+        self.pareto_from = len(region.groups_MD) + limited
+        change_row = np.concatenate([-ones_D, 0 * ones_D])[None]
+        self.rows = np.vstack(
+            [
+                np.hstack([region.groups_MD, -region.groups_MD]),
+                change_row[:limited],
+                np.hstack([region.rows_VD, -region.rows_VD]),
+            ]
+        )
+        from_origin_D = region.prior_D - region.origin_D
+        self.offset = np.concatenate(
+            [
+                region.groups_MD @ region.prior_D - region.group_least_M,
+                [region.limit] if region.limit is not None else [],
+                region.rows_VD @ from_origin_D + region.slack,
+            ]
+        )
 
     def mixture(self, moves: Array) -> Array:
-        p_D, q_D = np.split(moves, 2)
-        return self.region.prior_D + p_D - q_D
+        D = len(self.region.prior_D)
+        weights_D: Array = self.region.prior_D + moves[:D] - moves[D:]
+        return weights_D
 
     def values(self, moves: Array) -> Array:
-        """All inequalities, ≥ 0: groups, then the limit, then Pareto."""
-        region, weights_D = self.region, self.mixture(moves)
-        limit = [] if region.limit is None else [region.limit + (self.change_row @ moves)[0]]
-        groups_M = region.groups_MD @ weights_D - region.group_least_M
-        return np.concatenate([groups_M, limit, self._pareto(weights_D)[0]])
+        values: Array = self.rows @ moves + self.offset
+        if self.region.errors_VD is not None:
+            values[self.pareto_from :] -= self._noise(self.mixture(moves))[0] - _CONE_TIP
+        return values
 
     def jacobian(self, moves: Array) -> Array:
-        limit = self.change_row[: 0 if self.region.limit is None else 1]
-        pareto_VD = self._pareto(self.mixture(moves))[1]
-        return np.vstack([self.groups_rows, limit, np.hstack([pareto_VD, -pareto_VD])])
+        if self.region.errors_VD is None:
+            return self.rows
+        slope_VD = self._noise(self.mixture(moves))[1]
+        rows = self.rows.copy()
+        rows[self.pareto_from :] -= np.hstack([slope_VD, -slope_VD])
+        return rows
 
-    def _pareto(self, weights_D: Array) -> tuple[Array, Array]:
-        region = self.region
-        move_D = weights_D - region.origin_D
-        gained_V = region.rows_VD @ move_D + region.slack
-        if region.errors_VD is None:
-            return gained_V, region.rows_VD
-        noise_VD = region.errors_VD * move_D
+    def _noise(self, weights_D: Array) -> tuple[Array, Array]:
+        """‖e_i ∘ d‖ with the cone's tip cut off, (V,), and its gradient, (V, D)."""
+        errors_VD = self.region.errors_VD
+        assert errors_VD is not None
+        noise_VD = errors_VD * (weights_D - self.region.origin_D)
         length_V = np.sqrt((noise_VD**2).sum(axis=1) + _CONE_TIP**2)
-        slope_VD = region.rows_VD - region.errors_VD * noise_VD / length_V[:, None]
-        return gained_V - (length_V - _CONE_TIP), slope_VD
+        return length_V, errors_VD * noise_VD / length_V[:, None]
 
     def as_dicts(self) -> Any:
         given: list[dict[str, Any]] = [
             {"type": "eq", "fun": lambda x: self.sum_row @ x, "jac": lambda x: self.sum_row},
         ]
-        if len(self.values(np.zeros(2 * len(self.region.prior_D)))):
+        if len(self.rows):
             given.append({"type": "ineq", "fun": self.values, "jac": self.jacobian})
         return given
 
     def multipliers(self, weights_D: Array, std_V: Array, found: Array) -> Multipliers:
         """SLSQP's multipliers, `found`, in the order of :meth:`as_dicts`."""
         region = self.region
-        M, limited = len(region.groups_MD), int(region.limit is not None)
-        groups_M, change, pareto_V = np.split(found[1:], [M, M + limited])
+        M = len(region.groups_MD)
+        groups_M, change, pareto_V = np.split(found[1:], [M, self.pareto_from])
         cones_VD = None
         if region.errors_VD is not None:
             noise_VD = region.errors_VD * (weights_D - region.origin_D)
-            length_V = np.sqrt((noise_VD**2).sum(axis=1) + _CONE_TIP**2)
-            cones_VD = -pareto_V[:, None] * noise_VD / length_V[:, None]
+            cones_VD = -pareto_V[:, None] * noise_VD / self._noise(weights_D)[0][:, None]
         return Multipliers(std_V, groups_M, float(change.sum()), pareto_V, cones_VD)
 
 
@@ -100,6 +117,8 @@ def solve(objective: Objective, region: Region) -> Answer:
 
     room_D, surplus_D = region.upper_D - region.prior_D, region.prior_D - region.lower_D
     least = np.concatenate([-surplus_D, -room_D]).clip(min=0)  # above 0 where the prior breaks one
+    # w ≤ 1 follows from w ≥ 0 and Σ w = 1: fewer bounds, faster.
+    room_D = np.where(region.upper_D < 1, room_D, np.inf)
     most = np.concatenate([room_D, surplus_D]).clip(min=0)
     answer = minimize(
         value_and_gradient,
@@ -108,12 +127,12 @@ def solve(objective: Objective, region: Region) -> Answer:
         method="SLSQP",
         bounds=Bounds(least, most),
         constraints=constraints.as_dicts(),
-        options={"ftol": 1e-14, "maxiter": 500},
+        options={"ftol": 1e-13, "maxiter": 500},
     )
     weights_D = constraints.mixture(answer.x)
     std_V = objective.uniformity(objective.rows_VD @ weights_D, _SMOOTHING)[1]
     # Where the bounds leave a single mixture, SciPy returns it without either of these.
-    no_multipliers = np.zeros(1 + len(constraints.values(answer.x)))
+    no_multipliers = np.zeros(1 + len(constraints.rows))
     return Answer(
         weights_D,
         constraints.multipliers(weights_D, std_V, answer.get("multipliers", no_multipliers)),
