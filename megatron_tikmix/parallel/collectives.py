@@ -1,6 +1,7 @@
 """The few collectives of our own. Every rank of the group must call each of them."""
 
 import hashlib
+from datetime import timedelta
 from typing import Any
 
 import numpy as np
@@ -44,6 +45,31 @@ def agree_on_input(error: InputError | None, parallel: Parallel) -> None:
     for message in found:
         if message is not None:
             raise InputError(message)
+
+
+def first_problem(problem: str | None, parallel: Parallel) -> str | None:
+    """The first rank's `problem`, with its rank, on every rank; None when no rank has one."""
+    if sum_over_ranks(torch.tensor([problem is not None]), parallel).item() == 0:
+        return None
+    found: list[str | None] = [None] * parallel.world_size
+    dist.all_gather_object(found, problem, group=parallel.cpu_group)
+    rank, text = next((rank, text) for rank, text in enumerate(found) if text is not None)
+    return f"rank {rank}: {text}" if parallel.world_size > 1 else text
+
+
+def all_ranks_arrive(parallel: Parallel, seconds: float) -> bool:
+    """Whether every rank calls this within `seconds`: for one that may be alone with an error.
+
+    The only call here that need not be reached by all. After False the ranks are out of step:
+    this one must end, so that the launcher ends the others.
+    """
+    # Not monitored_barrier: away from rank 0 it waits for the group's own timeout.
+    arrival = dist.all_reduce(torch.zeros(1), group=parallel.cpu_group, async_op=True)
+    try:
+        arrival.wait(timedelta(seconds=seconds))
+    except RuntimeError:
+        return False
+    return True
 
 
 def check_same_on_all_ranks(digest: str, what: str, parallel: Parallel) -> None:

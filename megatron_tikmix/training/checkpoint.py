@@ -14,8 +14,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
-from megatron.core import dist_checkpointing, tensor_parallel
+from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
@@ -32,6 +31,7 @@ from megatron_tikmix.parallel.collectives import (
 )
 from megatron_tikmix.parallel.initialize import Parallel
 from megatron_tikmix.training.optimizer_state import mend_torch_adam, unshare_steps
+from megatron_tikmix.training.rng import rng_state, set_rng_state
 from megatron_tikmix.training.state import TrainState
 
 _LATEST = "latest_checkpointed_iteration.txt"
@@ -126,7 +126,7 @@ class Checkpointer:
         unshare_steps(self._optimizer)
         self._scheduler.load_state_dict(loaded["scheduler"])
         if same_layout:
-            _set_rng_state(loaded["rng_state"])
+            set_rng_state(loaded["rng_state"])
         state.iteration = record["iteration"]
         state.consumed_samples = record["consumed_samples"]
         state.skipped_iterations = record["skipped_iterations"]
@@ -181,28 +181,11 @@ class Checkpointer:
         groups = self._parallel.groups
         state["rng_state"] = ShardedObject(
             "rng_state",
-            _rng_state(),
+            rng_state(),
             (groups.pp.size(), groups.tp.size(), groups.dp.size()),
             (groups.pp.rank(), groups.tp.rank(), groups.dp.rank()),
         )
         return state
-
-
-def _rng_state() -> dict[str, Any]:
-    state = {
-        "cpu": torch.get_rng_state(),
-        "tracker": tensor_parallel.get_cuda_rng_tracker().get_states(),
-    }
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
-    return state
-
-
-def _set_rng_state(state: dict[str, Any]) -> None:
-    torch.set_rng_state(state["cpu"])
-    tensor_parallel.get_cuda_rng_tracker().set_states(state["tracker"])
-    if "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"])
 
 
 def _write(path: Path, text: str) -> None:

@@ -1,9 +1,10 @@
-"""Gradients and second moments out of megatron-core's distributed optimizer, shard by shard.
+"""What megatron-core's distributed optimizer holds, shard by shard: read, and put back.
 
 Together with ``parallel/cpu.py`` the only file that touches private names of megatron-core;
 ``tests/unit/training/test_optimizer_state.py`` holds the installed version to them.
 """
 
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import MethodType
@@ -104,6 +105,78 @@ class OptimizerShards:
     def _flat(self, pieces: Iterator[torch.Tensor]) -> torch.Tensor:
         empty = torch.empty(0, device=self.device)
         return torch.cat([empty, *(piece.detach().float() for piece in pieces)])
+
+
+class OptimizerSnapshot:
+    """Everything an optimizer step changes, as it is now, of this rank's shards alone.
+
+    Copies this rank's part of the parameters (in their own precision), the main parameters, the
+    optimizer's state with its step counts, the parameter groups' learning rates and the like, and
+    the loss scale. Taking it needs no other rank; the parts of the parameters that other ranks
+    own are not in it, so after :meth:`restore` they must be gathered again.
+
+    Raises:
+        TypeError: the optimizer is not megatron-core's distributed optimizer with Adam.
+    """
+
+    def __init__(self, optimizer: MegatronOptimizer) -> None:
+        self._parts = [_PartSnapshot(part) for part in distributed_optimizers(optimizer)]
+
+    def restore(self) -> None:
+        """Put everything back, bit for bit; may be called again."""
+        for part in self._parts:
+            part.restore()
+
+
+class _PartSnapshot:
+    """The snapshot of one distributed optimizer."""
+
+    def __init__(self, part: DistributedOptimizer) -> None:
+        self._part = part
+        inner = part.optimizer
+        shards = [p.data.view(-1)[span.start : span.end] for p, span in _owned(part)]
+        mains = [p.data for group in inner.param_groups for p in group["params"]]
+        # In float32 the main parameters are the shards themselves, not copies of them.
+        places = {(tensor.data_ptr(), tensor.numel()): tensor for tensor in [*shards, *mains]}
+        self._saved = [(tensor, tensor.clone()) for tensor in places.values()]
+        self._states = {p: _saved_entries(state) for p, state in inner.state.items()}
+        self._groups = [_saved_entries(group, but="params") for group in inner.param_groups]
+        scaler = part.grad_scaler
+        self._scaler = None if scaler is None else copy.deepcopy(scaler.state_dict())
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        inner = self._part.optimizer
+        for place, saved in self._saved:
+            place.copy_(saved)
+        for parameter in list(inner.state):
+            if parameter not in self._states:  # its first step came after the snapshot
+                del inner.state[parameter]
+        for parameter, entries in self._states.items():
+            _put_back(inner.state[parameter], entries)
+        for group, entries in zip(inner.param_groups, self._groups, strict=True):
+            _put_back(group, entries, but="params")
+        if self._scaler is not None:
+            self._part.grad_scaler.load_state_dict(copy.deepcopy(self._scaler))
+
+
+_Entries = dict[str, tuple[Any, Any]]
+
+
+def _saved_entries(values: dict[str, Any], but: str | None = None) -> _Entries:
+    """Each entry itself, and a copy of what it holds."""
+    return {key: (value, copy.deepcopy(value)) for key, value in values.items() if key != but}
+
+
+def _put_back(values: dict[str, Any], entries: _Entries, but: str | None = None) -> None:
+    for key in [key for key in values if key != but and key not in entries]:
+        del values[key]
+    for key, (value, saved) in entries.items():
+        if isinstance(value, torch.Tensor):
+            value.copy_(saved)  # in place: others may hold this very tensor
+            values[key] = value
+        else:
+            values[key] = copy.deepcopy(saved)
 
 
 def distributed_optimizers(optimizer: MegatronOptimizer) -> list[DistributedOptimizer]:

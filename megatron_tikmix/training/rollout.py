@@ -1,0 +1,309 @@
+"""Rollouts: short real continuations under candidate mixtures, undone afterwards.
+
+::
+
+    snapshot ─ losses before ─┬─ restore ─ k steps on candidate 1 ─ losses after
+                              ├─ restore ─ k steps on candidate 2 ─ losses after
+                              └─ ...                                  restore, release
+"""
+
+import itertools
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TypeVar
+
+import numpy as np
+import torch
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from numpy.typing import ArrayLike, NDArray
+
+from megatron_tikmix.data.domain_stream import DomainStream
+from megatron_tikmix.data.rollout import RolloutData
+from megatron_tikmix.data.samples import Sample
+from megatron_tikmix.errors import InputError, TrainingError
+from megatron_tikmix.mixing import WEIGHT_TOTAL, Mixture
+from megatron_tikmix.parallel.collectives import (
+    all_ranks_arrive,
+    check_same_on_all_ranks,
+    first_problem,
+    sum_over_ranks,
+)
+from megatron_tikmix.seeds import derived_seed
+from megatron_tikmix.training.evaluate import evaluation_mode, loss_and_tokens
+from megatron_tikmix.training.snapshot import TrainingSnapshot
+from megatron_tikmix.training.step import ForwardBackward, StepResult, train_step
+
+Made = TypeVar("Made")
+
+# How long a rank that failed inside a step waits for the others to fail there too.
+_PATIENCE_SECONDS = 30.0
+
+
+class RolloutError(TrainingError):
+    """A rollout failed: raised on every rank alike, with training's state put back."""
+
+
+@dataclass(frozen=True)
+class RolloutOutcomes:
+    """What rollouts measured; the same on every rank.
+
+    Attributes:
+        drops_RNV: each repetition's and candidate's drop of each task's loss, before − after, in
+            nats per token, float64 (R, N, V). Positive: the task got better (the benefit sign).
+            NaN for all tasks where a loss or a gradient of the rollout was not finite.
+        before_V: the tasks' losses the drops start from, float64 (V,).
+        trained_tokens: tokens of the optimizer steps, over all ranks.
+        evaluated_tokens: tokens of the forward passes that measured losses, padding included.
+        seconds: wall-clock time.
+    """
+
+    drops_RNV: NDArray[np.float64]
+    before_V: NDArray[np.float64]
+    trained_tokens: int
+    evaluated_tokens: int
+    seconds: float
+
+    @property
+    def outcomes_NV(self) -> NDArray[np.float64]:
+        """The drops averaged over repetitions, float64 (N, V); NaN where one of them is."""
+        return self.drops_RNV.mean(axis=0)
+
+
+class Rollouts:
+    """Measures candidate mixtures by training on them for a while, and undoing it.
+
+    Every optimizer step is one of training (:func:`~megatron_tikmix.training.step.train_step`):
+    the same global batch size, the learning-rate schedule going on. Candidates share samples,
+    their order and dropout, so that what differs between outcomes is what the weights did.
+
+    Args:
+        forward_backward: model chunks, process groups and `forward_step_func`, bound to
+            megatron-core's schedule.
+        optimizer: megatron-core's distributed optimizer.
+        data: samples of rollouts, and the tasks' items that decide.
+        on_progress: called with (done, all) rollouts.
+    """
+
+    def __init__(
+        self,
+        forward_backward: ForwardBackward,
+        optimizer: MegatronOptimizer,
+        scheduler: OptimizerParamScheduler,
+        data: RolloutData,
+        *,
+        on_progress: Callable[[int, int], None] = lambda done, total: None,
+    ) -> None:
+        self.parallel = forward_backward.parallel
+        self.data = data
+        self._forward_backward = forward_backward
+        self._model = forward_backward.model
+        self._optimizer = optimizer
+        self._scheduler = scheduler
+        self._on_progress = on_progress
+
+    def measure(
+        self, weights_ND: ArrayLike, *, seed: int, iters: int, repetitions: int = 1
+    ) -> RolloutOutcomes:
+        """The drop of each task's loss after `iters` steps on each candidate. Collective.
+
+        Call it between two optimizer steps. Afterwards, also after an error, training's state is
+        bit for bit what it was, and the gradient buffers are empty.
+
+        Args:
+            weights_ND: candidates as integer weights, int64 (N, D), each row summing to 2³⁰; the
+                same on every rank.
+            seed: of samples, order and dropout. A decision and its audit need different ones.
+            repetitions: R, each with fresh samples, the same ones for all candidates.
+
+        Raises:
+            InputError: arguments are out of range.
+            RolloutError: reading data or a step failed.
+        """
+        started = time.perf_counter()
+        weights_ND = checked_weights(weights_ND, self.data.domains)
+        for name, value in (("iters", iters), ("repetitions", repetitions)):
+            if value < 1:
+                raise InputError(f"rollouts: {name} is {value}; it must be 1 or more")
+        what = f"{weights_ND.tolist()} {seed} {iters} {repetitions}"
+        check_same_on_all_ranks(what, "what rollouts are asked for", self.parallel)
+        plan = _Plan(weights_ND, seed, iters, repetitions)
+        snapshot = self._together(
+            partial(TrainingSnapshot, self._model, self._optimizer, self._scheduler),
+            "training's state cannot be copied for rollouts",
+        )
+        try:
+            with _checks_that_raise_off(self._model):
+                before_V, drops_RNV = self._measure(plan, snapshot)
+        except RolloutError:
+            snapshot.restore()
+            raise
+        except Exception as error:
+            # Restoring gathers parameters, which takes every rank. Where one alone failed, the
+            # others wait for it in the middle of a step, and the job cannot be saved.
+            if not all_ranks_arrive(self.parallel, _PATIENCE_SECONDS):
+                raise
+            snapshot.restore()
+            raise RolloutError(f"a rollout failed: {_in_words(error)}") from error
+        else:
+            snapshot.restore()
+        finally:
+            snapshot.release()
+        return RolloutOutcomes(
+            drops_RNV,
+            before_V,
+            plan.trained_tokens * self.parallel.data_parallel_size,
+            plan.evaluated_tokens * self.parallel.data_parallel_size,
+            time.perf_counter() - started,
+        )
+
+    def _measure(
+        self, plan: "_Plan", snapshot: TrainingSnapshot
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """The losses before, (V,), and the drops, (R, N, V)."""
+        N, V = len(plan.weights_ND), len(self.data.tasks)
+        items = self._together(self.data.of_tasks)
+        before_V = self._task_losses(items, plan)
+        drops_RNV = np.full((plan.repetitions, N, V), np.nan)
+        for r in range(plan.repetitions):
+            seed = derived_seed(plan.seed, r)
+            streams = self._together(partial(self.data.streams, seed))
+            for n, weights_D in enumerate(plan.weights_ND):
+                snapshot.restore(seed)
+                if self._steps(streams, weights_D, seed, plan):
+                    drops_V = before_V - self._task_losses(items, plan)
+                    if np.isfinite(drops_V[np.isfinite(before_V)]).all():
+                        drops_RNV[r, n] = drops_V
+                self._on_progress(r * N + n + 1, plan.repetitions * N)
+        return before_V, drops_RNV
+
+    def _steps(
+        self, streams: Sequence[DomainStream], weights_D: np.ndarray, seed: int, plan: "_Plan"
+    ) -> bool:
+        """Train on a candidate; False, on every rank, as soon as a loss or gradient is lost."""
+        blended = self._together(
+            partial(self.data.blended, streams, weights_D, seed=seed, iters=plan.iters)
+        )
+        for _ in range(plan.iters):
+            # Read first: a rank that cannot must say so before the others are in the step.
+            micro_batches = self._together(partial(self._next_batch, blended))
+            result = train_step(
+                self._forward_backward,
+                iter(micro_batches),
+                len(micro_batches),
+                self._optimizer,
+                self._scheduler,
+                self.data.global_batch_size,
+            )
+            plan.trained_tokens += _tokens(micro_batches)
+            if sum_over_ranks(torch.tensor([_is_lost(result)]), self.parallel).item() > 0:
+                return False
+        return True
+
+    def _next_batch(self, blended: Iterator[Sample]) -> list[Sample]:
+        return list(itertools.islice(blended, self.data.num_microbatches))
+
+    @torch.no_grad()
+    def _task_losses(self, items: list[list[Sample]], plan: "_Plan") -> NDArray[np.float64]:
+        """Mean loss per unmasked token of each task's deciding items, in nats, float64 (V,)."""
+        totals = []
+        with evaluation_mode(self._model):
+            for batches in items:
+                sums = self._forward_backward(batches, len(batches), forward_only=True)
+                totals.append(loss_and_tokens(sums, self.parallel))
+                plan.evaluated_tokens += _tokens(batches)
+        loss_V, tokens_V = sum_over_ranks(torch.stack(totals), self.parallel).unbind(dim=1)
+        return (loss_V / tokens_V).numpy()
+
+    def _together(
+        self, make: Callable[[], Made], failure: str = "the data of a rollout cannot be read"
+    ) -> Made:
+        """`make()`, which needs no other rank, or an error on every rank if one rank fails."""
+        made: list[Made] = []
+        problem = None
+        try:
+            made.append(make())
+        except Exception as error:
+            problem = _in_words(error)
+        problem = first_problem(problem, self.parallel)
+        if problem is not None:
+            raise RolloutError(f"{failure}: {problem}")
+        return made[0]
+
+
+@dataclass
+class _Plan:
+    """What one call of :meth:`Rollouts.measure` is asked for, and what it has spent so far."""
+
+    weights_ND: NDArray[np.int64]
+    seed: int
+    iters: int
+    repetitions: int
+    trained_tokens: int = field(default=0, init=False)
+    evaluated_tokens: int = field(default=0, init=False)
+
+
+def checked_weights(weights_ND: ArrayLike, domains: Sequence[str]) -> NDArray[np.int64]:
+    """Candidates as integer weights, int64 (N, D), each row summing to 2³⁰.
+
+    Integers are taken as they are; weights in floating point are normalised and rounded as
+    :meth:`Mixture.integer_weights` does.
+
+    Raises:
+        InputError: wrong shape, no candidate, or a row that is no mixture.
+    """
+    given = np.asarray(weights_ND)
+    if given.ndim != 2 or given.shape[1] != len(domains) or len(given) == 0:
+        raise InputError(
+            f"rollouts: candidates have shape {given.shape}; give one row of {len(domains)} "
+            f"weights for each, and at least one"
+        )
+    if np.issubdtype(given.dtype, np.floating):
+        rows = [dict(zip(domains, row, strict=True)) for row in given.tolist()]
+        return np.array([list(Mixture(row).integer_weights().values()) for row in rows])
+    if not np.issubdtype(given.dtype, np.integer):
+        raise InputError(f"rollouts: candidates are {given.dtype}; give numbers")
+    integers = given.astype(np.int64)
+    if (integers < 0).any() or (integers.sum(axis=1) != WEIGHT_TOTAL).any():
+        raise InputError(
+            f"rollouts: integer weights must be zero or more and sum to {WEIGHT_TOTAL}; "
+            f"take them from Mixture.integer_weights()"
+        )
+    return integers
+
+
+@contextmanager
+def _checks_that_raise_off(model: list[DistributedDataParallel]) -> Iterator[None]:
+    """Without megatron-core's own checks of gradients: a rollout may lose them, the run not.
+
+    They would raise on one rank alone, in the middle of a step.
+    """
+    configs = [chunk.ddp_config for chunk in model]
+    kept = [(config.check_for_nan_in_grad, config.check_for_large_grads) for config in configs]
+    for config in configs:
+        config.check_for_nan_in_grad = config.check_for_large_grads = False
+    try:
+        yield
+    finally:
+        for config, checks in zip(configs, kept, strict=True):
+            config.check_for_nan_in_grad, config.check_for_large_grads = checks
+
+
+def _is_lost(result: StepResult) -> bool:
+    """Whether this rank sees a loss or gradient norm that is not finite."""
+    if result.grad_norm is not None and not math.isfinite(result.grad_norm):
+        return True
+    return any(not torch.isfinite(rows["loss"]).all() for rows in result.loss_sums)
+
+
+def _tokens(batches: list[Sample]) -> int:
+    return sum(batch["tokens"].numel() for batch in batches)
+
+
+def _in_words(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
