@@ -57,19 +57,30 @@ def first_problem(problem: str | None, parallel: Parallel) -> str | None:
     return f"rank {rank}: {text}" if parallel.world_size > 1 else text
 
 
-def all_ranks_arrive(parallel: Parallel, seconds: float) -> bool:
-    """Whether every rank calls this within `seconds`: for one that may be alone with an error.
+class MeetingPoint:
+    """Where a rank finds out whether it is alone with an error. Making one is collective.
 
-    The only call here that need not be reached by all. After False the ranks are out of step:
-    this one must end, so that the launcher ends the others.
+    A group of its own: the collectives of the others wait for `timeout_minutes`, and a rank
+    cannot even exit while one of its collectives waits.
+
+    Args:
+        seconds: how long ranks wait for each other here.
     """
-    # Not monitored_barrier: away from rank 0 it waits for the group's own timeout.
-    arrival = dist.all_reduce(torch.zeros(1), group=parallel.cpu_group, async_op=True)
-    try:
-        arrival.wait(timedelta(seconds=seconds))
-    except RuntimeError:
-        return False
-    return True
+
+    def __init__(self, seconds: float) -> None:
+        self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=seconds))
+
+    def all_arrive(self) -> bool:
+        """Whether every rank calls this in time: the only call here that some may miss.
+
+        After False the ranks are out of step. This one must end, and so make the launcher end
+        the others.
+        """
+        try:
+            dist.all_reduce(torch.zeros(1), group=self._group)
+        except RuntimeError:
+            return False
+        return True
 
 
 def check_same_on_all_ranks(digest: str, what: str, parallel: Parallel) -> None:

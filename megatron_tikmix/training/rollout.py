@@ -29,7 +29,7 @@ from megatron_tikmix.data.samples import Sample
 from megatron_tikmix.errors import InputError, TrainingError
 from megatron_tikmix.mixing import WEIGHT_TOTAL, Mixture
 from megatron_tikmix.parallel.collectives import (
-    all_ranks_arrive,
+    MeetingPoint,
     check_same_on_all_ranks,
     first_problem,
     sum_over_ranks,
@@ -81,6 +81,7 @@ class Rollouts:
     Every optimizer step is one of training (:func:`~megatron_tikmix.training.step.train_step`):
     the same global batch size, the learning-rate schedule going on. Candidates share samples,
     their order and dropout, so that what differs between outcomes is what the weights did.
+    Making one is collective.
 
     Args:
         forward_backward: model chunks, process groups and `forward_step_func`, bound to
@@ -106,6 +107,7 @@ class Rollouts:
         self._optimizer = optimizer
         self._scheduler = scheduler
         self._on_progress = on_progress
+        self._meeting_point = MeetingPoint(_PATIENCE_SECONDS)
 
     def measure(
         self, weights_ND: ArrayLike, *, seed: int, iters: int, repetitions: int = 1
@@ -146,7 +148,7 @@ class Rollouts:
         except Exception as error:
             # Restoring gathers parameters, which takes every rank. Where one alone failed, the
             # others wait for it in the middle of a step, and the job cannot be saved.
-            if not all_ranks_arrive(self.parallel, _PATIENCE_SECONDS):
+            if not self._meeting_point.all_arrive():
                 raise
             snapshot.restore()
             raise RolloutError(f"a rollout failed: {_in_words(error)}") from error

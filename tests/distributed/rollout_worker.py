@@ -19,7 +19,9 @@ import torch.distributed as dist
 
 import megatron_tikmix.training.rollout as rollout_module
 from megatron_tikmix.errors import InputError
+from megatron_tikmix.mixing import InfluenceMatrix, Mixture
 from megatron_tikmix.parallel.initialize import Parallel
+from megatron_tikmix.training.audit import audit, keeps_old
 from megatron_tikmix.training.loop import Run
 from megatron_tikmix.training.rollout import RolloutError, Rollouts
 from megatron_tikmix.training.rollout_service import RolloutService
@@ -94,6 +96,7 @@ def served(settings: dict[str, Any], parallel: Parallel) -> dict[str, Any]:
     attempt("solver fails", fails_after(ArithmeticError("no solution")))
     attempt("bad input", fails_after(InputError("remix.gamma is wrong")))
     attempt("no mixture", lambda probe: probe(np.zeros((1, 3), dtype=np.int64)))
+    seen["audit"] = audited(rollouts)
     broken_data(rollouts, parallel.rank == 1)
     attempt("data fails on rank 1", lambda probe: probe(weights_ND))
     attempt("data fails on rank 1, caught", goes_on_without)
@@ -101,6 +104,24 @@ def served(settings: dict[str, Any], parallel: Parallel) -> dict[str, Any]:
     failing(run, 20, ValueError("no more"))
     attempt("a step fails on both", goes_on_without)
     return seen
+
+
+def audited(rollouts: Rollouts) -> dict[str, Any]:
+    """The new mixture leaves out the task that counts, against a prediction made by hand."""
+    domains, tasks = rollouts.data.domains, rollouts.data.tasks
+    old, new = Mixture.uniform(domains), Mixture({"low": 1.0, "high": 0.0, "junk": 0.0})
+    matrix = None
+    if rollouts.parallel.is_main:
+        values_VD = [[float(name == "low") for name in domains] for _ in tasks]
+        matrix = InfluenceMatrix(values_VD, domains=domains, tasks=tasks)
+    found = audit(
+        rollouts, old, new, matrix, task_weights={"low": 1e-6, "high": 1.0}, seed=5, iters=8
+    )
+    stays = {
+        str(require): keeps_old(found, require_audit=require, parallel=rollouts.parallel)
+        for require in (True, False)
+    }
+    return {"verdict": found and found.verdict, "keeps old": stays}
 
 
 def broken_data(rollouts: Rollouts, broken: bool) -> None:

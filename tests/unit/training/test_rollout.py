@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from megatron.core.optimizer.grad_scaler import DynamicGradScaler
 
 from megatron_tikmix.data.builder import TrainingData
 from megatron_tikmix.data.samples import stack
@@ -14,7 +15,7 @@ from megatron_tikmix.mixing import StageBlend
 from megatron_tikmix.parallel.initialize import Parallel
 from megatron_tikmix.seeds import derived_seed
 from megatron_tikmix.training.loop import Run
-from megatron_tikmix.training.optimizer_state import distributed_optimizers
+from megatron_tikmix.training.optimizer_state import OptimizerSnapshot, distributed_optimizers
 from megatron_tikmix.training.rollout import RolloutError, checked_weights
 from megatron_tikmix.training.rollout_service import RolloutService
 from megatron_tikmix.training.step import train_step
@@ -289,3 +290,46 @@ def test_progress_counts_rollouts(small: dict[str, Any], parallel: Parallel) -> 
     rollouts._on_progress = lambda done, total: told.append((done, total))
     rollouts.measure(candidates(run.domains, *THREE[:2]), seed=7, iters=1, repetitions=2)
     assert told == [(1, 4), (2, 4), (3, 4), (4, 4)]
+
+
+def test_buffers_and_modes_are_put_back(small: dict[str, Any], parallel: Parallel) -> None:
+    """What a mixture of experts counts in buffers, say, or a part that was frozen with eval()."""
+    run = trained(small, parallel)
+    model = run.forward_backward.model[0].module
+    model.register_buffer("counter", torch.zeros(1))
+    frozen = model.decoder.layers[0]
+    frozen.eval()
+    modes: list[bool] = []
+    counts: list[float] = []
+    real = run.forward_backward.forward_step_func
+
+    def counting(*arguments: Any) -> Any:
+        counts.append(model.counter.item())
+        modes.append(frozen.training)
+        model.counter += 1
+        return real(*arguments)
+
+    run.forward_backward.forward_step_func = counting
+    rollouts_of(run).measure(candidates(run.domains, *THREE[:2]), seed=7, iters=1)
+    assert counts == [0, 1, 2, 3, *2 * [0, 1, 2, 3, 4, 5]]
+    assert not any(modes)
+    assert model.counter.item() == 0
+    assert model.training
+    assert not frozen.training
+
+
+def test_the_loss_scale_is_put_back(small: dict[str, Any], parallel: Parallel) -> None:
+    run = trained(small, parallel)
+    (part,) = distributed_optimizers(run.optimizer)
+    part.grad_scaler = DynamicGradScaler(1024.0, 1.0, 2.0, 0.5, growth_interval=5, hysteresis=1)
+    part.grad_scaler.update(found_inf=False)
+    snapshot = OptimizerSnapshot(run.optimizer)
+    for _ in range(2):
+        part.grad_scaler.update(found_inf=True)
+        assert part.grad_scaler.scale.item() == 512.0
+        snapshot.restore()
+        assert part.grad_scaler.state_dict() == {
+            "scale": torch.tensor([1024.0]),
+            "growth_tracker": 1,
+            "hysteresis_tracker": 1,
+        }
