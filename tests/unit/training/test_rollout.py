@@ -230,6 +230,8 @@ def test_an_error_restores_everything(
     run.forward_backward.mended()
     assert isinstance(caught.value.__cause__, ValueError)
     assert state_digests(run) == before
+    # An error that somebody keeps must not keep the snapshot with it.
+    assert bytes_alive() < alive + sum(p.nbytes for p in run.forward_backward.model[0].parameters())
     del caught
     assert bytes_alive() == alive
     assert losses_of_steps(run, 2) == expected
