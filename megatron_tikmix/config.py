@@ -212,11 +212,13 @@ class RemixConfig:
 class ProbeConfig:
     """The influence probe at each boundary."""
 
-    curvature: Literal["adam", "identity"] = "adam"
-    """Inverse curvature: `adam` (the optimizer's damped second moment) or `identity`."""
+    curvature: Literal["adam", "squared_gradients", "identity"] = "adam"
+    """Inverse curvature: `adam` (the optimizer's damped second moment; before its first step
+    `squared_gradients`), `squared_gradients` (the probe's own, of one sub-batch of each domain)
+    or `identity`."""
 
     damping: float = 0.1
-    """Damping of `adam`, relative to the mean of sqrt(second moment)."""
+    """Damping of `adam` and `squared_gradients`, relative to the mean of sqrt(second moment)."""
 
     sub_batches: int = 8
     """Sub-batches of each domain; standard errors come from their spread."""

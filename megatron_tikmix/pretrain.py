@@ -20,6 +20,7 @@ from megatron_tikmix.training.model import build_model
 from megatron_tikmix.training.optimizer import build_optimizer, build_scheduler
 from megatron_tikmix.training.optimizer_state import OptimizerShards
 from megatron_tikmix.training.plan import describe
+from megatron_tikmix.training.probe import InfluenceProbe
 from megatron_tikmix.training.record import Recorder
 from megatron_tikmix.training.remix import Remixer
 from megatron_tikmix.training.state import TrainState
@@ -187,26 +188,27 @@ def _build_remixer(
         seed = derived_seed(probe.seed, stage, name)
         return data.stream(name, seed, config.data.sequence_length)
 
+    shards = OptimizerShards(
+        forward_backward.model, optimizer, parallel.groups, data.manifest.vocab_size
+    )
+    probe_data = ProbeData(
+        open_stream,
+        data.names,
+        data.tasks,
+        sub_batch_samples=probe.sub_batch_samples,
+        task_samples=probe.task_samples,
+        micro_batch_size=config.train.micro_batch_size,
+        data_parallel_rank=parallel.data_parallel_rank,
+        data_parallel_size=parallel.data_parallel_size,
+        microbatch_multiple=forward_backward.microbatch_multiple,
+    )
     return Remixer(
-        forward_backward,
-        optimizer,
-        OptimizerShards(
-            forward_backward.model, optimizer, parallel.groups, data.manifest.vocab_size
+        InfluenceProbe(
+            forward_backward, optimizer, shards, probe_data, probe, on_progress=recorder.probing
         ),
-        ProbeData(
-            open_stream,
-            data.names,
-            data.tasks,
-            sub_batches=probe.sub_batches,
-            sub_batch_samples=probe.sub_batch_samples,
-            task_samples=probe.task_samples,
-            micro_batch_size=config.train.micro_batch_size,
-            data_parallel_rank=parallel.data_parallel_rank,
-            data_parallel_size=parallel.data_parallel_size,
-            microbatch_multiple=forward_backward.microbatch_multiple,
-        ),
+        parallel,
         remix=config.remix,
-        probe=probe,
+        sub_batches=probe.sub_batches,
+        seed=probe.seed,
         task_weights={name: task.weight for name, task in config.tasks.items()},
-        on_progress=recorder.probing,
     )

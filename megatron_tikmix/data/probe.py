@@ -1,6 +1,6 @@
 """What a probe reads: a seeded stream of its own, and the tasks' items that decide."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from megatron_tikmix.data.domain_stream import DomainStream
 from megatron_tikmix.data.samples import Sample
@@ -18,6 +18,8 @@ class ProbeData:
         open_stream: (domain index, stage) to the probe's stream of the domain's train split.
         domains: names, D.
         tasks: validation tasks, V.
+        sub_batch_samples: samples of one sub-batch.
+        task_samples: at most so many samples of each task decide.
     """
 
     def __init__(
@@ -26,7 +28,6 @@ class ProbeData:
         domains: Sequence[str],
         tasks: Sequence[Task],
         *,
-        sub_batches: int,
         sub_batch_samples: int,
         task_samples: int,
         micro_batch_size: int,
@@ -37,27 +38,40 @@ class ProbeData:
         self._open_stream = open_stream
         self.domains = list(domains)
         self.tasks = list(tasks)
-        self.sub_batches = sub_batches
         self._sub_batch_samples = sub_batch_samples
         self._task_samples = task_samples
-        self._share = {
-            "micro_batch_size": micro_batch_size,
-            "rank": data_parallel_rank,
-            "size": data_parallel_size,
-            "multiple": microbatch_multiple,
-        }
+        self._micro_batch_size = micro_batch_size
+        self._multiple = microbatch_multiple
+        self._place = data_parallel_rank, data_parallel_size
 
     def of_task(self, task: int) -> list[Sample]:
-        """The items that decide, of validation task number `task`."""
+        """This rank's share of the items that decide, of validation task number `task`."""
         stream = self.tasks[task].decide
         samples = range(min(self._task_samples, stream.samples_per_epoch))
-        return micro_batches(stream, samples, **self._share)
+        return self._micro_batches(stream, samples, *self._place)
 
-    def of_domain(self, domain: int, stage: int) -> list[list[Sample]]:
-        """The B sub-batches of domain number `domain`, for the decision on `stage`."""
+    def of_domain(
+        self, domain: int, stage: int, sub_batches: Iterable[int], *, whole: bool = False
+    ) -> Iterator[list[Sample]]:
+        """Sub-batches of domain number `domain`, by their numbers, for the decision on `stage`.
+
+        Args:
+            whole: all of each sub-batch, instead of this data-parallel rank's share of it.
+        """
         stream = self._open_stream(domain, stage)
         n = self._sub_batch_samples
-        return [
-            micro_batches(stream, range(b * n, (b + 1) * n), **self._share)
-            for b in range(self.sub_batches)
-        ]
+        for b in sub_batches:
+            samples = range(b * n, (b + 1) * n)
+            yield self._micro_batches(stream, samples, *((0, 1) if whole else self._place))
+
+    def _micro_batches(
+        self, stream: DomainStream, samples: range, rank: int, size: int
+    ) -> list[Sample]:
+        return micro_batches(
+            stream,
+            samples,
+            micro_batch_size=self._micro_batch_size,
+            rank=rank,
+            size=size,
+            multiple=self._multiple,
+        )

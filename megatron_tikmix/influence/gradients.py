@@ -1,12 +1,14 @@
 """Inner products of gradients, shard by shard."""
 
+from collections.abc import Iterable, Iterator
+
 import torch
 
-# Elements converted to float64 at a time: bounds the extra memory to a few megabytes a row.
-_CHUNK = 1 << 18
+# Elements of the (V, chunk) block that is converted to float64 at a time: a few megabytes.
+_BLOCK = 1 << 20
 
 
-def inner_products(tasks_VP: torch.Tensor, gradient_P: torch.Tensor) -> torch.Tensor:
+def inner_products(tasks_VP: torch.Tensor, gradient: Iterable[torch.Tensor]) -> torch.Tensor:
     """⟨task_i, gradient⟩ for every task i, over the parameters this rank holds.
 
     Partial: an inner product is a sum over parameters, so the sum of this over the ranks
@@ -14,15 +16,35 @@ def inner_products(tasks_VP: torch.Tensor, gradient_P: torch.Tensor) -> torch.Te
 
     Args:
         tasks_VP: preconditioned validation gradients, any float dtype, (V, P).
-        gradient_P: a domain sub-batch's gradient, (P,).
+        gradient: a domain sub-batch's gradient in pieces, flat, P elements in all. They may be
+            views of megatron-core's gradient buffer: nothing of the size of P is made.
 
     Returns:
         float64 (V,), on the CPU. Summed in float64: an influence is a small difference of
         many large terms.
     """
-    products_V = torch.zeros(tasks_VP.shape[0], dtype=torch.float64, device=tasks_VP.device)
-    for chunk_VP, chunk_P in zip(
-        tasks_VP.split(_CHUNK, dim=1), gradient_P.split(_CHUNK), strict=True
-    ):
-        products_V += chunk_VP.double() @ chunk_P.double()
+    V = tasks_VP.shape[0]
+    products_V = torch.zeros(V, dtype=torch.float64, device=tasks_VP.device)
+    first = 0
+    for chunk in _chunks(gradient, max(1, _BLOCK // V)):
+        last = first + chunk.numel()
+        products_V += tasks_VP[:, first:last].double() @ chunk.double()
+        first = last
+    if first != tasks_VP.shape[1]:
+        raise ValueError(f"a gradient of {first} elements against {tasks_VP.shape[1]}")
     return products_V.cpu()
+
+
+def _chunks(pieces: Iterable[torch.Tensor], size: int) -> Iterator[torch.Tensor]:
+    """The pieces cut and put together to chunks of `size` elements, the last one shorter."""
+    held: list[torch.Tensor] = []
+    room = size
+    for piece in pieces:
+        while piece.numel() >= room:
+            yield torch.cat([*held, piece[:room]]) if held else piece[:room]
+            piece, held, room = piece[room:], [], size
+        if piece.numel():
+            held.append(piece)
+            room -= piece.numel()
+    if held:
+        yield torch.cat(held)

@@ -189,6 +189,7 @@ def open_stage(run: Run, decision: Decision | None, task_loss: dict[str, float])
         "probe_tokens": 0,
         "probe_seconds": 0.0,
         "solution": None,
+        "bank": None,
     }
     if state.ledger:
         former = Mixture(state.ledger[-1]["weights"])
@@ -198,7 +199,8 @@ def open_stage(run: Run, decision: Decision | None, task_loss: dict[str, float])
         row |= {
             "source": decision.source,
             "reason": decision.reason,
-            "curvature": run.config.probe.curvature,
+            "curvature": decision.curvature,
+            "bank": decision.bank.to_json() if decision.bank else None,
             "total_variation_noise": decision.total_variation_noise,
             "probe_tokens": decision.probe_tokens,
             "probe_seconds": decision.probe_seconds,

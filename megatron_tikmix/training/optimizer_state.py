@@ -5,7 +5,7 @@ Together with ``parallel/cpu.py`` the only file that touches private names of me
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any
@@ -17,6 +17,8 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 from megatron.core.transformer.module import param_is_not_shared
+
+from megatron_tikmix.training.parameter_names import global_names
 
 _TORCH_ADAM = (torch.optim.Adam, torch.optim.AdamW)
 _VOCABULARY = ("word_embeddings.weight", "output_layer.weight")
@@ -41,6 +43,10 @@ class OptimizerShards:
     tensor-parallel ranks hold copies of, and the last stage's copy of a tied embedding, are
     left out but on one rank; data-parallel ranks own disjoint slices.
 
+    Args:
+        selects: by its global name, whether a parameter counts (see
+            :func:`~megatron_tikmix.training.parameter_names.global_names`); default: all.
+
     Raises:
         TypeError: the optimizer is not megatron-core's distributed optimizer with Adam.
     """
@@ -51,8 +57,20 @@ class OptimizerShards:
         optimizer: MegatronOptimizer,
         groups: ProcessGroupCollection,
         vocab_size: int,
+        selects: Callable[[str], bool] = lambda name: True,
     ) -> None:
-        names = {p: name for chunk in model for name, p in chunk.named_parameters()}
+        names = global_names(model)
+        self._model = model
+        self._counted = [
+            parameter
+            for chunk in model
+            for parameter in chunk.parameters()
+            if parameter.requires_grad
+            and param_is_not_shared(parameter)
+            and param_is_not_tensor_parallel_duplicate(parameter, tp_group=groups.tp)
+            and selects(names[parameter])
+        ]
+        counted = set(self._counted)
         self._shards = [
             _Shard(
                 parameter,
@@ -63,8 +81,7 @@ class OptimizerShards:
             )
             for part in distributed_optimizers(optimizer)
             for parameter, span in _owned(part)
-            if param_is_not_shared(parameter)
-            and param_is_not_tensor_parallel_duplicate(parameter, tp_group=groups.tp)
+            if parameter in counted
         ]
         self.device = next(model[0].parameters()).device
 
@@ -73,13 +90,44 @@ class OptimizerShards:
         """P, this rank's elements."""
         return sum(shard.end - shard.start for shard in self._shards)
 
+    @property
+    def whole_numel(self) -> int:
+        """Elements of the parameters counted here, those of other data-parallel ranks included."""
+        return sum(parameter.numel() for parameter in self._counted)
+
+    def pieces(self) -> list[torch.Tensor]:
+        """The reduced gradient: flat views of the gradient buffer, P elements in all."""
+        return [_gradient(s.parameter)[s.start : s.end] for s in self._shards]
+
+    def whole_pieces(self) -> list[torch.Tensor]:
+        """The whole gradient of the parameters counted here: views, `whole_numel` elements."""
+        return [_gradient(parameter) for parameter in self._counted]
+
     def gradient(self) -> torch.Tensor:
         """The reduced gradient, float32 (P,); a copy."""
-        return self._flat(
-            # megatron-core's gradient buffer, which DistributedDataParallel gives each parameter.
-            getattr(shard.parameter, "main_grad").view(-1)[shard.start : shard.end]  # noqa: B009
-            for shard in self._shards
-        )
+        return self._flat(self.pieces())
+
+    def scatter(self, vector_P: torch.Tensor) -> list[torch.Tensor]:
+        """Put a vector into the gradient buffer, in the places of this rank's shard.
+
+        Returns:
+            the buffer's parts of which every data-parallel rank now holds its own slice: when
+            they have been all-gathered, :meth:`whole_pieces` are the whole vector.
+        """
+        first = 0
+        for piece in self.pieces():
+            piece.copy_(vector_P[first : first + piece.numel()])
+            first += piece.numel()
+        return [
+            bucket.grad_data
+            for chunk in self._model
+            for buffer in chunk.buffers
+            for bucket in buffer.buckets
+        ]
+
+    def has_second_moment(self) -> bool:
+        """Whether Adam has taken a step with every parameter counted here."""
+        return all(_step_and_state(shard)[0] > 0 for shard in self._shards)
 
     def second_moment(self) -> torch.Tensor:
         """Adam's second moment, bias-corrected, float32 (P,).
@@ -102,9 +150,15 @@ class OptimizerShards:
             first += shard.end - shard.start
         return total
 
-    def _flat(self, pieces: Iterator[torch.Tensor]) -> torch.Tensor:
+    def _flat(self, pieces: Iterable[torch.Tensor]) -> torch.Tensor:
         empty = torch.empty(0, device=self.device)
         return torch.cat([empty, *(piece.detach().float() for piece in pieces)])
+
+
+def _gradient(parameter: torch.nn.Parameter) -> torch.Tensor:
+    # megatron-core's gradient buffer, which DistributedDataParallel gives each parameter.
+    main_grad: torch.Tensor = getattr(parameter, "main_grad")  # noqa: B009
+    return main_grad.view(-1)
 
 
 class OptimizerSnapshot:
@@ -218,15 +272,27 @@ def _real_elements(
     return int(min(span.end, max(span.start, real_rows * columns)) - span.start)
 
 
-def _second_moment(shard: _Shard) -> torch.Tensor:
+def _step_and_state(shard: _Shard) -> tuple[int, dict[str, Any]]:
+    """Steps Adam has taken with this parameter, 0 while it holds no second moment, and its state.
+
+    torch keeps the step with each parameter, Apex and Transformer Engine with the group.
+    """
     state = shard.optimizer._get_main_param_and_optimizer_states(shard.parameter)
-    group_index, _ = shard.optimizer.model_param_group_index_map[shard.parameter]
-    group = shard.optimizer.optimizer.param_groups[group_index]
-    # torch keeps the step with each parameter, Apex and Transformer Engine with the group.
-    step = int(state["step"] if "step" in state else group.get("step", 0))
-    if step == 0 or "exp_avg_sq" not in state:
+    step = state["step"] if "step" in state else _group(shard).get("step", 0)
+    return (int(step) if "exp_avg_sq" in state else 0), state
+
+
+def _group(shard: _Shard) -> dict[str, Any]:
+    index, _ = shard.optimizer.model_param_group_index_map[shard.parameter]
+    group: dict[str, Any] = shard.optimizer.optimizer.param_groups[index]
+    return group
+
+
+def _second_moment(shard: _Shard) -> torch.Tensor:
+    step, state = _step_and_state(shard)
+    if step == 0:
         raise RuntimeError("the optimizer has no second moment before its first step")
-    moment: torch.Tensor = state["exp_avg_sq"] / (1.0 - group["betas"][1] ** step)
+    moment: torch.Tensor = state["exp_avg_sq"] / (1.0 - _group(shard)["betas"][1] ** step)
     return moment
 
 

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -114,6 +115,45 @@ def connect(model: list[DistributedDataParallel], optimizer: MegatronOptimizer) 
         if model[0].ddp_config.align_param_gather:
             starts = [chunk.start_grad_sync for chunk in model]
             config.grad_sync_func = starts if len(model) > 1 else starts[0]
+
+
+@contextmanager
+def summed_gradients(model: list[DistributedDataParallel], *, reduced: bool) -> Iterator[None]:
+    """Let a pass leave gradients summed over tokens, where training takes their mean.
+
+    Enter it after the gradient buffers were emptied.
+
+    Args:
+        reduced: sum over data-parallel ranks too, into this rank's shard, as in training. False:
+            each data-parallel rank is left with the whole gradient of its own micro-batches,
+            and they exchange nothing; what tensor- and pipeline-parallel ranks owe each other
+            (norms under sequence parallelism, tied embeddings) is done all the same.
+    """
+    config = model[0].config
+    hooks = ("finalize_model_grads_func", "no_sync_func", "grad_sync_func")
+    former = {name: getattr(config, name) for name in hooks}
+    config.finalize_model_grads_func = _finalize_sums
+    with ExitStack() as stack:
+        if not reduced:
+            config.no_sync_func = config.grad_sync_func = None
+            for chunk in model:
+                stack.enter_context(chunk.no_sync())  # nothing is sent during the backward pass,
+                chunk.finish_grad_sync = _nothing  # and nothing after it
+                stack.callback(delattr, chunk, "finish_grad_sync")
+        try:
+            yield
+        finally:
+            for name, hook in former.items():
+                setattr(config, name, hook)
+
+
+def _finalize_sums(
+    model: list[DistributedDataParallel], num_tokens: torch.Tensor | None, **groups: Any
+) -> None:
+    finalize_model_grads(model, None, **groups)  # without tokens it does not divide by them
+
+
+def _nothing(**arguments: Any) -> None: ...
 
 
 @dataclass(frozen=True)

@@ -46,10 +46,14 @@ def unpadded(model: torch.nn.Module, vocab_size: int) -> torch.Tensor:
 
 def test_equals_autograd_on_the_whole_model(trained: Run) -> None:
     assert trained.remixer is not None
-    bank, tokens = trained.remixer.probe(stage=1)
+    probe = trained.remixer.probe
+    with probe.open(stage=1):
+        probe.add(np.array([8, 3, 8]))
+        bank = probe.add(np.array([0, 5, 0]))
+        tokens = probe.tokens
     measured_VD = bank.influence_matrix().values_VD
 
-    model, data = trained.forward_backward.model[0].module, trained.remixer._data
+    model, data = trained.forward_backward.model[0].module, probe._data
     model.eval()
     scale_P = torch.ones(1, dtype=torch.float64)
     if trained.config.probe.curvature == "adam":
@@ -63,7 +67,10 @@ def test_equals_autograd_on_the_whole_model(trained: Run) -> None:
     expected_DBV = torch.stack(
         [
             torch.stack(
-                [tasks_VP @ whole_gradient(model, batches) for batches in data.of_domain(j, 1)]
+                [
+                    tasks_VP @ whole_gradient(model, batches)
+                    for batches in data.of_domain(j, 1, range(8))
+                ]
             )
             for j in range(len(data.domains))
         ]
@@ -89,7 +96,8 @@ def test_a_probe_leaves_everything_as_it_was(trained: Run) -> None:
         return [tensor.clone() for tensor in [*model.parameters(), *state, torch.get_rng_state()]]
 
     before = snapshot()
-    trained.remixer.probe(stage=1)
+    with trained.remixer.probe.open(stage=1) as probe:
+        probe.add(np.full(3, 8))
     assert all(torch.equal(a, b) for a, b in zip(before, snapshot(), strict=True))
     assert model.training
     assert all(not parameter.main_grad.any() for parameter in model.parameters())
