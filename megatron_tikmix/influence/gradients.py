@@ -4,8 +4,12 @@ from collections.abc import Iterable, Iterator
 
 import torch
 
-# Elements of the (V, chunk) block that is converted to float64 at a time: a few megabytes.
-_BLOCK = 1 << 20
+# Elements of the (V, chunk) block that is converted to float64 at a time, by device: large for few
+# launches on an accelerator, and small for the cache of a CPU.
+_BLOCK = {"cpu": 1 << 20}
+_BLOCK_ELSEWHERE = 1 << 24
+# And of a small model no more than a part of the gradient, so that it takes no memory to speak of.
+_PARTS, _LEAST = 16, 4096
 
 
 def inner_products(tasks_VP: torch.Tensor, gradient: Iterable[torch.Tensor]) -> torch.Tensor:
@@ -23,15 +27,16 @@ def inner_products(tasks_VP: torch.Tensor, gradient: Iterable[torch.Tensor]) -> 
         float64 (V,), on the CPU. Summed in float64: an influence is a small difference of
         many large terms.
     """
-    V = tasks_VP.shape[0]
+    V, P = tasks_VP.shape
     products_V = torch.zeros(V, dtype=torch.float64, device=tasks_VP.device)
     first = 0
-    for chunk in _chunks(gradient, max(1, _BLOCK // V)):
+    block = _BLOCK.get(tasks_VP.device.type, _BLOCK_ELSEWHERE)
+    for chunk in _chunks(gradient, max(_LEAST, min(block // V, P // _PARTS))):
         last = first + chunk.numel()
         products_V += tasks_VP[:, first:last].double() @ chunk.double()
         first = last
-    if first != tasks_VP.shape[1]:
-        raise ValueError(f"a gradient of {first} elements against {tasks_VP.shape[1]}")
+    if first != P:
+        raise ValueError(f"a gradient of {first} elements against {P}")
     return products_V.cpu()
 
 

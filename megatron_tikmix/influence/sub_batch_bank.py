@@ -118,7 +118,11 @@ class SubBatchBank:
         variance_DV = (B_D / (B_D - 1))[:, None] * (residuals_DBV**2).sum(axis=1)
         error_DV = np.sqrt(variance_DV) / bank.tokens_DB.sum(axis=1)[:, None]
         return InfluenceMatrix(
-            S_DV.T, domains=bank.domains, tasks=bank.tasks, standard_error_VD=error_DV.T
+            S_DV.T,
+            domains=bank.domains,
+            tasks=bank.tasks,
+            standard_error_VD=error_DV.T,
+            degrees_of_freedom=float(B_D.min() - 1),
         )
 
     def redrawn(self, generator: np.random.Generator) -> InfluenceMatrix:

@@ -24,6 +24,12 @@ def sum_over_ranks(values: torch.Tensor, parallel: Parallel) -> torch.Tensor:
     return total
 
 
+def gather_slices(buffer: torch.Tensor, group: dist.ProcessGroup) -> None:
+    """Complete `buffer`, flat, of which each rank of the group holds its own equal slice."""
+    mine = buffer.chunk(group.size())[group.rank()]
+    dist.all_gather_into_tensor(buffer, mine, group=group)
+
+
 def broadcast_integers(values: np.ndarray, parallel: Parallel) -> np.ndarray:
     """Rank 0's int64 `values`, on every rank; the others pass an array of the same shape."""
     tensor = torch.from_numpy(values.astype(np.int64))

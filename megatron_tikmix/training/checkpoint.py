@@ -30,7 +30,12 @@ from megatron_tikmix.parallel.collectives import (
     check_same_on_all_ranks,
 )
 from megatron_tikmix.parallel.initialize import Parallel
-from megatron_tikmix.training.optimizer_state import mend_torch_adam, unshare_steps
+from megatron_tikmix.training.evaluate import gathered_parameters
+from megatron_tikmix.training.optimizer_state import (
+    mend_buckets,
+    mend_torch_adam,
+    unshare_steps,
+)
 from megatron_tikmix.training.rng import rng_state, set_rng_state
 from megatron_tikmix.training.state import TrainState
 
@@ -60,12 +65,14 @@ class Checkpointer:
         keep: int,
     ) -> None:
         self._folder = folder
+        self._chunks = model
         self._model = unwrap_model(model)
         self._optimizer = optimizer
         self._scheduler = scheduler
         self._parallel = parallel
         self._fingerprint = fingerprint
         self._keep = keep
+        mend_buckets(optimizer)
 
     def save(self, state: TrainState) -> Path:
         """Write a checkpoint; only when it is complete does it become the latest."""
@@ -74,7 +81,8 @@ class Checkpointer:
             shutil.rmtree(path, ignore_errors=True)  # what a killed save left
             path.mkdir(parents=True)
         barrier(self._parallel)
-        dist_checkpointing.save(self._sharded_state(is_loading=False), str(path))
+        with gathered_parameters(self._chunks):
+            dist_checkpointing.save(self._sharded_state(is_loading=False), str(path))
         if self._parallel.is_main:
             record = {
                 "iteration": state.iteration,

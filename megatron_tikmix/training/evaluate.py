@@ -13,23 +13,32 @@ from megatron_tikmix.training.step import ForwardBackward, LossSums
 
 
 @contextmanager
+def gathered_parameters(model: list[DistributedDataParallel]) -> Iterator[None]:
+    """Parameters whole: with `overlap_param_gather` they are not until the next forward pass."""
+    gathers_late = [chunk for chunk in model if chunk.ddp_config.overlap_param_gather]
+    for chunk in gathers_late:
+        chunk.disable_forward_pre_hook(param_sync=True)
+    try:
+        yield
+    finally:
+        for chunk in gathers_late:
+            chunk.enable_forward_pre_hook()
+
+
+@contextmanager
 def evaluation_mode(model: list[DistributedDataParallel]) -> Iterator[None]:
     """Dropout off and parameters whole; training mode again at the end.
 
     Draws no random number, so training goes on as if nothing had happened.
     """
-    gathers_late = [chunk for chunk in model if chunk.ddp_config.overlap_param_gather]
-    for chunk in gathers_late:
-        chunk.disable_forward_pre_hook(param_sync=True)
-    for chunk in model:
-        chunk.eval()
-    try:
-        yield
-    finally:
+    with gathered_parameters(model):
         for chunk in model:
-            chunk.train()
-        for chunk in gathers_late:
-            chunk.enable_forward_pre_hook()
+            chunk.eval()
+        try:
+            yield
+        finally:
+            for chunk in model:
+                chunk.train()
 
 
 def loss_and_tokens(sums: LossSums, parallel: Parallel) -> torch.Tensor:

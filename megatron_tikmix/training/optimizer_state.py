@@ -328,3 +328,35 @@ def unshare_steps(optimizer: MegatronOptimizer) -> None:
         if isinstance(part.optimizer, _TORCH_ADAM):
             for state in part.optimizer.state.values():
                 state["step"] = state["step"].clone()
+
+
+def mend_buckets(optimizer: MegatronOptimizer) -> None:
+    """Make checkpoints of the distributed optimizer right when a buffer has several buckets.
+
+    `fully_reshardable` cuts each parameter's state out of one tensor a buffer. megatron-core 0.16
+    makes that tensor without the padding between buckets, and cuts it at places that count the
+    padding: all parameters behind the first padded bucket are saved shifted, without a word, and
+    a resumed run goes on with wrong weights. Buckets are several with `ddp.overlap_grad_reduce`,
+    with tied embeddings on pipeline stages, and with interleaved stages. Call this before saving.
+    """
+    for part in distributed_optimizers(optimizer):
+        part.get_parameter_state_dp_zero = MethodType(_state_with_padding, part)
+
+
+def _state_with_padding(self: DistributedOptimizer, **options: Any) -> Any:
+    state = DistributedOptimizer.get_parameter_state_dp_zero(self, **options)
+    for index, buffer in enumerate(self.buffers if state else ()):
+        for tensors in state[index].values():
+            for key in ("param", "exp_avg", "exp_avg_sq"):
+                if key in tensors and len(tensors[key]) == buffer.numel_unpadded:
+                    tensors[key] = _padded(tensors[key], buffer)
+    return state
+
+
+def _padded(packed: torch.Tensor, buffer: Any) -> torch.Tensor:
+    """One value for each place of the buffer, from those of all buckets without padding."""
+    whole = packed.new_zeros(buffer.numel)
+    parts = packed.split([bucket.numel_unpadded for bucket in buffer.buckets])
+    for bucket, part in zip(buffer.buckets, parts, strict=True):
+        whole[bucket.offset : bucket.offset + len(part)] = part
+    return whole

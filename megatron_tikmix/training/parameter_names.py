@@ -4,7 +4,13 @@ import re
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
+from megatron.core.transformer.module import param_is_not_shared
 from megatron.core.utils import unwrap_model
+
+from megatron_tikmix.config import ParametersConfig
+from megatron_tikmix.errors import InputError
+from megatron_tikmix.parallel.collectives import sum_over_ranks
+from megatron_tikmix.parallel.initialize import Parallel
 
 _LAYER = re.compile(r"(?P<layers>.*\blayers)\.(?P<index>\d+)$")
 
@@ -26,3 +32,35 @@ def global_names(model: list[DistributedDataParallel]) -> dict[torch.nn.Paramete
             local = next((p for p in numbers if name.startswith(f"{p}.")), None)
             names[parameter] = name if local is None else numbers[local] + name[len(local) :]
     return names
+
+
+def check_selection(
+    model: list[DistributedDataParallel], parameters: ParametersConfig, parallel: Parallel
+) -> None:
+    """Refuse a selection that leaves nothing, and a pattern that matches nothing. Collective.
+
+    Raises:
+        InputError: on every rank, naming the pattern.
+    """
+    names = [name for p, name in global_names(model).items() if param_is_not_shared(p)]
+    patterns = [
+        *(("include", pattern) for pattern in parameters.include),
+        *(("exclude", pattern) for pattern in parameters.exclude),
+    ]
+    selections = [
+        parameters,
+        *(ParametersConfig(include=[pattern]) for _, pattern in patterns),
+    ]
+    matches = torch.tensor([sum(map(s.selects, names)) for s in selections])
+    selected, *matched = sum_over_ranks(matches, parallel).tolist()
+    for (field, pattern), count in zip(patterns, matched, strict=True):
+        if not count:
+            raise InputError(
+                f"probe.parameters.{field}: {pattern} matches no parameter; names are like "
+                f"{names[0]} and {names[-1]}"
+            )
+    if not selected:
+        raise InputError(
+            "probe.parameters.exclude: every included parameter is excluded; leave some to "
+            "measure influence on"
+        )

@@ -17,6 +17,7 @@ from megatron_tikmix.influence.sub_batch_bank import SubBatchBank
 from megatron_tikmix.parallel.collectives import check_same_on_all_ranks, sum_over_ranks
 from megatron_tikmix.training.curvature import fit_curvature
 from megatron_tikmix.training.evaluate import evaluation_mode, loss_and_tokens
+from megatron_tikmix.training.kept_gradients import KeptGradients
 from megatron_tikmix.training.optimizer_state import OptimizerShards
 from megatron_tikmix.training.step import ForwardBackward, summed_gradients, zero_gradients
 
@@ -35,8 +36,9 @@ class InfluenceProbe:
     evaluation mode and its gradient buffers are the probe's; afterwards they are empty, and all
     else is as it was.
 
-    The curvature is applied to the validation gradients: once a task, however many sub-batches
-    are added.
+    The curvature is applied to the validation gradients, whichever side has fewer: that is once a
+    task however many sub-batches are added, it needs no memory once it is done, and V would have
+    to exceed 8 D for the other side to be fewer.
 
     Args:
         forward_backward: model chunks, process groups and `forward_step_func`, bound to
@@ -63,7 +65,7 @@ class InfluenceProbe:
         self._data = data
         self._config = config
         self._on_progress = on_progress
-        self._tasks_VP: torch.Tensor | None = None
+        self._kept: KeptGradients | None = None
         self._bank: SubBatchBank | None = None
 
     @property
@@ -77,7 +79,7 @@ class InfluenceProbe:
         return [task.name for task in self._data.tasks]
 
     tokens: int = 0
-    """Tokens passed through since it was opened, those of padding included, over all ranks."""
+    """Tokens passed through since it was opened, over all ranks; masked ones cost as much."""
 
     curvature: str = ""
     """What was used, as the ledger names it; set when it is opened."""
@@ -99,20 +101,20 @@ class InfluenceProbe:
         Args:
             stage: the stage that is to be decided on: each reads its own samples.
         """
-        if self._tasks_VP is not None:
+        if self._kept is not None:
             raise RuntimeError("the probe is open already")
         self._started = time.perf_counter()
         self._stage = stage
-        self.tokens = self._passes = 0
+        self.tokens = self._passes = self._positions = 0
         self._asked = len(self.tasks)
         self._next_D = np.zeros(len(self.domains), dtype=np.int64)
         self._bank = None
         with evaluation_mode(self._model):
             try:
-                self._tasks_VP = self._validation_gradients()
+                self._kept = self._validation_gradients()
                 yield self
             finally:
-                self._tasks_VP = None
+                self._kept = None
                 zero_gradients(self._model, self._optimizer)
 
     def add(self, sub_batches_D: NDArray[np.integer]) -> SubBatchBank:
@@ -125,58 +127,77 @@ class InfluenceProbe:
         Returns:
             everything measured since the probe was opened, the same on every rank.
         """
-        if self._tasks_VP is None:
+        kept = self._kept
+        if kept is None:
             raise RuntimeError("add sub-batches inside `with probe.open(stage):`")
         counts_D = np.asarray(sub_batches_D, dtype=np.int64)
         check_same_on_all_ranks(counts_D.tobytes().hex(), "the probe's request", self._parallel)
         D, B, V = len(self.domains), int(counts_D.max(initial=0)), len(self.tasks)
-        self._asked += int(counts_D.sum())
         sums_DBV = torch.zeros(D, B, V, dtype=torch.float64)
         tokens_DB = torch.zeros(D, B, dtype=torch.float64)
-        for j, count in enumerate(counts_D.tolist()):
-            numbers = range(self._next_D[j], self._next_D[j] + count)
-            batches_of = self._data.of_domain(j, self._stage, numbers)
-            for b, batches in enumerate(batches_of):
-                tokens_DB[j, b] = self._pass(batches)
-                sums_DBV[j, b] = inner_products(self._tasks_VP, self._shards.pieces())
+        mine = self._share(counts_D, dealt=kept.whole)
+        self._asked += kept.number_of_groups * sum(map(len, mine))
+        for group, rows_VP in kept.groups():
+            for j, numbers in enumerate(mine):
+                first = int(self._next_D[j])
+                batches_of = self._data.of_domain(
+                    j, self._stage, [first + b for b in numbers], whole=kept.whole
+                )
+                for b, batches in zip(numbers, batches_of, strict=True):
+                    tokens_DB[j, b] = self._pass(batches, reduced=not kept.whole)
+                    sums_DBV[j, b, group] = inner_products(rows_VP, kept.pieces())
+            del rows_VP  # before the next group is gathered
         self._next_D += counts_D
         zero_gradients(self._model, self._optimizer)
         self._bank = self._banked(sums_DBV, tokens_DB)
         return self._bank
 
+    def _share(self, counts_D: NDArray[np.int64], *, dealt: bool) -> list[list[int]]:
+        """The sub-batches of each domain that this rank passes, of `counts_D`: all, or its deal."""
+        rank, size = self._parallel.data_parallel_rank, self._parallel.data_parallel_size
+        share: list[list[int]] = []
+        dealt_out = int(self._next_D.sum())  # goes on where it stopped, so that no rank gets more
+        for count in counts_D.tolist():
+            share.append([b for b in range(count) if not dealt or (dealt_out + b) % size == rank])
+            dealt_out += count
+        return share
+
     def _banked(self, sums_DBV: torch.Tensor, tokens_DB: torch.Tensor) -> SubBatchBank:
-        # One collective: inner products add over the shards, token counts over the replicas.
-        flat = torch.cat([sums_DBV.flatten(), tokens_DB.flatten()])
-        sums, tokens = sum_over_ranks(flat, self._parallel).split(
-            [sums_DBV.numel(), tokens_DB.numel()]
-        )
-        new = SubBatchBank(
-            sums.view(sums_DBV.shape).numpy(),
-            tokens.view(tokens_DB.shape).numpy(),
-            self.domains,
-            self.tasks,
-            self.bad_tasks,
-        )
+        # One collective: inner products add over shards or deals, token counts over replicas.
+        sums, tokens = self._summed(sums_DBV, tokens_DB)
+        new = SubBatchBank(sums.numpy(), tokens.numpy(), self.domains, self.tasks, self.bad_tasks)
         return new if self._bank is None else self._bank.extended(new)
 
-    def _validation_gradients(self) -> torch.Tensor:
-        """H⁻¹∇f of every task, float32 (V, P); a task whose gradient is not finite has zeros."""
+    def _summed(self, *values: torch.Tensor) -> list[torch.Tensor]:
+        """The sum over ranks of each of `values`, float64; counts the tokens passed meanwhile."""
+        parts = [torch.tensor([float(self._positions)]), *values]
+        flat = torch.cat([part.flatten().double() for part in parts])
+        passed, *sums = sum_over_ranks(flat, self._parallel).split([p.numel() for p in parts])
+        self.tokens += int(passed.item())
+        self._positions = 0
+        return [s.view(v.shape) for s, v in zip(sums, values, strict=True)]
+
+    def _validation_gradients(self) -> KeptGradients:
+        """H⁻¹∇f of every task; of a task whose gradient is not finite, zeros."""
         V = len(self.tasks)
-        tasks_VP = torch.empty(V, self._shards.numel, device=self._shards.device)
+        tasks_VP = KeptGradients.empty(self._config, self._shards, V)
         tokens_V = torch.zeros(V)
         for i in range(V):
-            tokens_V[i] = self._pass(self._data.of_task(i))
-            torch.cat(self._shards.pieces(), out=tasks_VP[i])
-        tokens_V = sum_over_ranks(tokens_V, self._parallel).clamp(min=1)
+            tokens_V[i] = self._pass(self._data.of_task(i), reduced=True)
+            tasks_VP[i] = self._shards.gradient()
+        (tokens_V,) = self._summed(tokens_V)
         # Fitted when no activations are there, so that its memory comes on top of nothing.
         curvature = fit_curvature(self._config, self._shards, self._parallel, self._fresh_gradients)
         self.curvature = curvature.name
-        for i in range(V):
-            tasks_VP[i] = curvature.precondition(tasks_VP[i] / tokens_V[i].item())
-        bad_V = sum_over_ranks(~torch.isfinite(tasks_VP).all(dim=1), self._parallel) > 0
-        tasks_VP[bad_V.to(tasks_VP.device)] = 0.0
-        self.bad_tasks = [name for name, bad in zip(self.tasks, bad_V, strict=True) if bad]
-        return tasks_VP
+        for i, tokens in enumerate(tokens_V.tolist()):
+            tasks_VP[i] = curvature.precondition(tasks_VP[i].float() / max(tokens, 1.0))
+        del curvature
+        finite_V = torch.stack([torch.isfinite(row_P).all() for row_P in tasks_VP])
+        (bad_V,) = self._summed(~finite_V)
+        for i in bad_V.nonzero().flatten().tolist():
+            tasks_VP[i] = 0.0
+        self.bad_tasks = [name for name, bad in zip(self.tasks, bad_V.tolist(), strict=True) if bad]
+        return KeptGradients(self._config, self._shards, self._parallel, tasks_VP)
 
     def _fresh_gradients(self) -> Iterator[torch.Tensor]:
         """The mean gradient of one sub-batch of each domain, which is then not measured, (P,)."""
@@ -184,17 +205,17 @@ class InfluenceProbe:
         for j in range(len(self.domains)):
             (batches,) = self._data.of_domain(j, self._stage, [int(self._next_D[j])])
             self._next_D[j] += 1
-            tokens = sum_over_ranks(torch.tensor(self._pass(batches)), self._parallel).item()
-            yield self._shards.gradient() / max(tokens, 1.0)
+            (tokens,) = self._summed(torch.tensor(self._pass(batches, reduced=True)))
+            yield self._shards.gradient().div_(max(tokens.item(), 1.0))
 
-    def _pass(self, batches: list[Sample]) -> float:
-        """Leave this rank's shard of the summed gradient in the buffer; its unmasked tokens."""
+    def _pass(self, batches: list[Sample], *, reduced: bool) -> float:
+        """Leave the summed gradient in the buffer; the unmasked tokens of this rank's batches."""
         zero_gradients(self._model, self._optimizer)
-        with summed_gradients(self._model, reduced=True):
+        with summed_gradients(self._model, reduced=reduced):
             sums = self._forward_backward(batches, len(batches))
         self._passes += 1
-        # What costs is every position, masked or not, on every data-parallel rank.
-        positions = sum(batch["tokens"].numel() for batch in batches)
-        self.tokens += positions * self._parallel.data_parallel_size
+        if self._parallel.reports_loss:
+            # What costs is every position, masked or not.
+            self._positions += sum(batch["tokens"].numel() for batch in batches)
         self._on_progress(self._passes, self._asked)
         return loss_and_tokens(sums, self._parallel)[1].item()

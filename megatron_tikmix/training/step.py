@@ -121,7 +121,8 @@ def connect(model: list[DistributedDataParallel], optimizer: MegatronOptimizer) 
 def summed_gradients(model: list[DistributedDataParallel], *, reduced: bool) -> Iterator[None]:
     """Let a pass leave gradients summed over tokens, where training takes their mean.
 
-    Enter it after the gradient buffers were emptied.
+    Enter it after the gradient buffers were emptied. Gradients that are not finite are the
+    caller's business: megatron-core does not end the job over them here.
 
     Args:
         reduced: sum over data-parallel ranks too, into this rank's shard, as in training. False:
@@ -132,8 +133,12 @@ def summed_gradients(model: list[DistributedDataParallel], *, reduced: bool) -> 
     config = model[0].config
     hooks = ("finalize_model_grads_func", "no_sync_func", "grad_sync_func")
     former = {name: getattr(config, name) for name in hooks}
-    config.finalize_model_grads_func = _finalize_sums
     with ExitStack() as stack:
+        for chunk in model:
+            checks = chunk.ddp_config.check_for_nan_in_grad, chunk.ddp_config.check_for_large_grads
+            stack.callback(_set_checks, chunk.ddp_config, *checks)
+            _set_checks(chunk.ddp_config, False, False)
+        config.finalize_model_grads_func = _finalize_sums
         if not reduced:
             config.no_sync_func = config.grad_sync_func = None
             for chunk in model:
@@ -151,6 +156,10 @@ def _finalize_sums(
     model: list[DistributedDataParallel], num_tokens: torch.Tensor | None, **groups: Any
 ) -> None:
     finalize_model_grads(model, None, **groups)  # without tokens it does not divide by them
+
+
+def _set_checks(ddp_config: Any, nan: bool, large: bool) -> None:
+    ddp_config.check_for_nan_in_grad, ddp_config.check_for_large_grads = nan, large
 
 
 def _nothing(**arguments: Any) -> None: ...

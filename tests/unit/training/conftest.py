@@ -1,6 +1,7 @@
 """A run of one rank in this process, trained for a few steps."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,7 @@ from megatron_tikmix.pretrain import build
 from megatron_tikmix.training.loop import Run, train_interval
 from megatron_tikmix.training.record import Recorder
 from tests.conftest import overridden
-
-DAMPING = 0.1
+from tests.influence_reference import DAMPING
 
 
 @pytest.fixture(params=["adam", "identity"])
@@ -27,23 +27,28 @@ def trained(
         settings,
         {
             "probe.curvature": request.param,
-            "probe.damping": DAMPING,
             # 4 samples a sub-batch in micro-batches of 3: the second one is padded.
             "train.micro_batch_size": 3,
             "train.global_batch_size": 6,
             "remix.interval_samples": 24,
-            "train.log_interval": 100,
         },
     )
-    path = tmp_path / "run.yaml"
+    with one_rank(settings, tmp_path) as run:
+        train_interval(run, until=4)
+        yield run
+
+
+@contextmanager
+def one_rank(settings: dict[str, Any], folder: Path) -> Iterator[Run]:
+    """The run of these settings, built in this process."""
+    settings = overridden(settings, {"probe.damping": DAMPING, "train.log_interval": 100})
+    path = folder / "run.yaml"
     path.write_text(yaml.safe_dump(settings))
     config, resolved = load_config([str(path)])
     config.check(1)
     parallel = initialize(config.model, config.seed, 5)
     try:
         recorder = Recorder(config, resolved, parallel)
-        run = build(config, TrainingData(config), recorder, parallel)
-        train_interval(run, until=4)
-        yield run
+        yield build(config, TrainingData(config), recorder, parallel)
     finally:
         shut_down()

@@ -1,103 +1,120 @@
 """Influence through the whole path equals plain torch.autograd on the whole model."""
 
+from pathlib import Path
+from typing import Any
+
 import numpy as np
-import torch
+import pytest
 
-from megatron_tikmix.data.samples import Sample
+from megatron_tikmix.config import ParametersConfig
+from megatron_tikmix.errors import InputError
+from megatron_tikmix.influence.sub_batch_bank import SubBatchBank
 from megatron_tikmix.training.loop import Run
-from tests.unit.training.conftest import DAMPING
+from megatron_tikmix.training.parameter_names import check_selection
+from megatron_tikmix.training.probe import InfluenceProbe
+from tests.conftest import overridden
+from tests.influence_reference import largest_error, make_ragged, probe_of, reference
+from tests.unit.training.conftest import one_rank
+
+SAMPLES = {"sub_batch_samples": 4, "task_samples": 12}
 
 
-def whole_gradient(model: torch.nn.Module, batches: list[Sample]) -> torch.Tensor:
-    """∇ of the mean loss per unmasked token, by autograd, over all parameters, float64 (P,)."""
-    parameters = list(model.parameters())
-    loss, tokens = torch.zeros(()), 0.0
-    for batch in batches:
-        losses = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
-        loss = loss + (losses * batch["loss_mask"]).sum()
-        tokens += batch["loss_mask"].sum().item()
-    gradients = torch.autograd.grad(loss / tokens, parameters)
-    return torch.cat([gradient.flatten().double() for gradient in gradients])
-
-
-def second_moment(run: Run) -> torch.Tensor:
-    """Adam's v̂ over all parameters, read from torch's own optimizer, float64 (P,)."""
-    model, optimizer = run.forward_backward.model[0], run.optimizer.chained_optimizers[0]
-    moments = []
-    for parameter in model.module.parameters():
-        group, index = optimizer.model_param_group_index_map[parameter]
-        state = optimizer.optimizer.state[optimizer.optimizer.param_groups[group]["params"][index]]
-        beta2 = optimizer.optimizer.param_groups[group]["betas"][1]
-        assert int(state["step"]) == run.state.iteration
-        moments.append(state["exp_avg_sq"].double() / (1 - beta2**run.state.iteration))
-    return torch.cat(moments)
-
-
-def unpadded(model: torch.nn.Module, vocab_size: int) -> torch.Tensor:
-    """True where a parameter is not vocabulary padding, bool (P,)."""
-    masks = []
-    for name, parameter in model.named_parameters():
-        mask = torch.ones(parameter.shape, dtype=torch.bool)
-        if name.endswith("word_embeddings.weight"):
-            mask[vocab_size:] = False
-        masks.append(mask.flatten())
-    return torch.cat(masks)
-
-
-def test_equals_autograd_on_the_whole_model(trained: Run) -> None:
-    assert trained.remixer is not None
-    probe = trained.remixer.probe
+def measure(probe: InfluenceProbe, count: int = 8) -> SubBatchBank:
     with probe.open(stage=1):
-        probe.add(np.array([8, 3, 8]))
-        bank = probe.add(np.array([0, 5, 0]))
-        tokens = probe.tokens
-    measured_VD = bank.influence_matrix().values_VD
-
-    model, data = trained.forward_backward.model[0].module, probe._data
-    model.eval()
-    scale_P = torch.ones(1, dtype=torch.float64)
-    if trained.config.probe.curvature == "adam":
-        root_P = second_moment(trained).sqrt()
-        padded_out = unpadded(model, vocab_size=250)
-        assert not padded_out.all(), "the vocabulary must be padded for this to test it"
-        scale_P = 1 / (root_P + DAMPING * root_P[padded_out].mean())
-    tasks_VP = torch.stack(
-        [whole_gradient(model, data.of_task(i)) * scale_P for i in range(len(data.tasks))]
-    )
-    expected_DBV = torch.stack(
-        [
-            torch.stack(
-                [
-                    tasks_VP @ whole_gradient(model, batches)
-                    for batches in data.of_domain(j, 1, range(8))
-                ]
-            )
-            for j in range(len(data.domains))
-        ]
-    ).numpy()
-    # Every sub-batch has the same tokens here, so S is the mean over them.
-    expected_VD = expected_DBV.mean(axis=1).T
-    error = np.abs(measured_VD - expected_VD).max(axis=1) / np.abs(expected_VD).max(axis=1)
-    assert error.max() < 1e-5
-    # What was passed through, padding included: sub-batches of 4 fill two micro-batches of 3.
-    assert tokens == 32 * (2 * 12 + 3 * 8 * 6)
-    per_sub_batch = bank.sums_DBV / bank.tokens_DB[:, :, None]
-    scale_V = np.abs(expected_VD).max(axis=1)
-    assert (np.abs(per_sub_batch - expected_DBV) / scale_V).max() < 1e-5
+        return probe.add(np.full(len(probe.domains), count))
 
 
-def test_a_probe_leaves_everything_as_it_was(trained: Run) -> None:
+def error(run: Run, probe: InfluenceProbe, curvature: str, **options: Any) -> float:
+    bank = measure(probe)
+    assert probe.curvature == curvature
+    expected = reference(run, curvature=curvature, stage=1, **SAMPLES, **options)
+    return largest_error(bank.sums_DBV, bank.tokens_DB, expected)
+
+
+@pytest.fixture
+def ragged(trained: Run) -> Run:
     assert trained.remixer is not None
-    model = trained.forward_backward.model[0]
+    make_ragged(trained.remixer.probe._data)
+    return trained
 
-    def snapshot() -> list[torch.Tensor]:
-        inner = trained.optimizer.chained_optimizers[0].optimizer
-        state = [value for entry in inner.state.values() for value in entry.values()]
-        return [tensor.clone() for tensor in [*model.parameters(), *state, torch.get_rng_state()]]
 
-    before = snapshot()
-    with trained.remixer.probe.open(stage=1) as probe:
+def test_every_micro_batch_size_gives_what_autograd_gives(ragged: Run) -> None:
+    curvature = ragged.config.probe.curvature
+    expected = reference(ragged, curvature=curvature, stage=1, **SAMPLES)
+    assert len(np.unique(expected[1])) > 4, "sub-batches must differ in tokens"
+    for size in range(1, 9):
+        bank = measure(probe_of(ragged, micro_batch_size=size))
+        assert largest_error(bank.sums_DBV, bank.tokens_DB, expected) < 1e-5, size
+
+
+@pytest.mark.parametrize("trained", ["identity"], indirect=True)
+def test_further_sub_batches_go_on_in_each_domains_stream(ragged: Run) -> None:
+    expected = reference(ragged, curvature="identity", stage=1, **SAMPLES)
+    probe = probe_of(ragged)
+    with probe.open(stage=1):
+        first = probe.add(np.array([8, 3, 0]))
+        assert first.sub_batches_D.tolist() == [8, 3, 0]
+        probe.add(np.array([0, 4, 8]))
+        bank = probe.add(np.array([0, 1, 0]))
+    assert largest_error(bank.sums_DBV, bank.tokens_DB, expected) < 1e-5
+    # What was passed through, padding included: sub-batches of 4 fill two micro-batches of 3.
+    assert probe.tokens == 32 * (2 * 12 + 3 * 8 * 6)
+    with pytest.raises(RuntimeError, match="inside"):
         probe.add(np.full(3, 8))
-    assert all(torch.equal(a, b) for a, b in zip(before, snapshot(), strict=True))
-    assert model.training
-    assert all(not parameter.main_grad.any() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("trained", ["adam"], indirect=True)
+def test_replicated_gives_the_same(ragged: Run) -> None:
+    for group in (None, 1):
+        probe = probe_of(ragged, data_parallel_mode="replicated", task_group_size=group)
+        assert error(ragged, probe, "adam") < 1e-5
+
+
+@pytest.mark.parametrize("trained", ["adam"], indirect=True)
+def test_bf16_validation_gradients_cost_a_rounding(ragged: Run) -> None:
+    found = error(ragged, probe_of(ragged, gradient_dtype="bf16"), "adam")
+    assert 1e-6 < found < 2e-2
+
+
+@pytest.mark.parametrize("trained", ["adam"], indirect=True)
+def test_parameter_filters(ragged: Run) -> None:
+    parameters = ParametersConfig(include=["decoder.*"], exclude=["*.bias", "*.layers.3.*"])
+    assert sum(map(parameters.selects, ["decoder.final_layernorm.weight", "embedding.x"])) == 1
+    probe = probe_of(ragged, parameters=parameters)
+    assert error(ragged, probe, "adam", selects=parameters.selects) < 1e-5
+
+
+@pytest.mark.parametrize("trained", ["identity"], indirect=True)
+@pytest.mark.parametrize(
+    ("parameters", "words"),
+    [
+        ({"include": ["decoder.layer.*"]}, "include: decoder.layer.* matches no parameter; names"),
+        ({"exclude": ["*.bias", "lm_head.*"]}, r"exclude: lm_head.* matches no"),
+        ({"exclude": ["*"]}, "every included parameter is excluded"),
+    ],
+)
+def test_filters_that_match_nothing_are_refused(
+    trained: Run, parameters: dict[str, list[str]], words: str
+) -> None:
+    with pytest.raises(InputError) as caught:
+        check_selection(
+            trained.forward_backward.model, ParametersConfig(**parameters), trained.parallel
+        )
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("trained", ["identity"], indirect=True)
+def test_squared_gradients_are_the_probes_own(ragged: Run) -> None:
+    probe = probe_of(ragged, curvature="squared_gradients")
+    assert error(ragged, probe, "squared_gradients") < 1e-5
+
+
+def test_adam_without_a_second_moment_is_squared_gradients_and_says_so(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    """Before the first step, as with imported weights; an untied model, by the way."""
+    untied = overridden(settings, {"model.share_embeddings_and_output_weights": False})
+    with one_rank(untied, tmp_path) as run:
+        assert run.remixer is not None
+        assert run.config.probe.curvature == "adam"
+        assert error(run, run.remixer.probe, "squared_gradients") < 1e-5
