@@ -23,6 +23,7 @@ setup(
         "numpy>=1.26",  # mixing works on plain arrays
         "scipy>=1.16",  # SLSQP with its multipliers, linear programs, t quantiles
         "clarabel>=0.9",  # interior-point solver: TiKMiX-D with many domains, or with cones
+        "lightgbm>=4.3",  # trees of the mixture surrogate of TiKMiX-M
         "tensorboard>=2.15",  # live curves
         "plotly>=6.0",  # the pictures of report.html, interactive and offline
         "rich>=13.7",  # progress bar and tables on the terminal
@@ -43,6 +44,7 @@ setup(
             "mypy>=1.11",
             "types-PyYAML",
             "scipy-stubs",
-        ]
+        ],
+        "benchmarks": ["kronfluence==1.0.1"],  # benchmarks/influence.py compares with it
     },
 )

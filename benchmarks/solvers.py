@@ -16,6 +16,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,9 @@ def plain_slsqp(influence: InfluenceMatrix, prior: Mixture, budget_s: float) -> 
     objective, prior_D = Objective.of(influence.values_VD), prior.array()
     started = time.perf_counter()
 
+    def value(w_D: np.ndarray) -> float:
+        return objective.value(w_D.clip(min=0))
+
     def stop(_: Any) -> None:
         if time.perf_counter() - started > budget_s:
             raise StopIteration
@@ -65,19 +69,19 @@ def plain_slsqp(influence: InfluenceMatrix, prior: Mixture, budget_s: float) -> 
     def room(w_D: np.ndarray) -> float:
         return 0.25 - 0.5 * float(np.sqrt((w_D - prior_D) ** 2 + 1e-12).sum())
 
-    answer = minimize(
-        lambda w_D: objective.value(w_D.clip(min=0)),
-        np.full(len(prior_D), 1 / len(prior_D)),
-        method="SLSQP",
-        bounds=[(0, 1)] * len(prior_D),
-        constraints=[
+    settings: dict[str, Any] = {
+        "method": "SLSQP",
+        "bounds": [(0, 1)] * len(prior_D),
+        "constraints": [
             LinearConstraint(np.ones((1, len(prior_D))), 1, 1),
             LinearConstraint(objective.rows_VD, objective.rows_VD @ prior_D, np.inf),
             {"type": "ineq", "fun": room},
         ],
-        options={"maxiter": 500},
-        callback=stop,
-    )
+        "options": {"maxiter": 500},
+        "callback": stop,
+    }
+    start_D = np.full(len(prior_D), 1 / len(prior_D))
+    answer = minimize(value, start_D, **settings)
     return objective.value(answer.x.clip(min=0)), time.perf_counter() - started <= budget_s
 
 
@@ -98,10 +102,8 @@ def measure(D: int, V: int, cones: bool, repeats: int, plain_budget_s: float) ->
     solutions, seconds = [], []
     for seed in seeds:
         case = problem(D, V, seed)
-        took, solution = timed(
-            lambda case=case: solve_tikmix_d(*case, constraints=constraints),
-            repeats if D <= 1000 else 1,
-        )
+        solve = partial(solve_tikmix_d, *case, constraints=constraints)
+        took, solution = timed(solve, repeats if D <= 1000 else 1)
         seconds.append(took)
         solutions.append(solution)
     certificates = [s.certificate for s in solutions if s.certificate is not None]

@@ -5,7 +5,7 @@ from megatron_tikmix.data.domain_stream import DomainStream
 from megatron_tikmix.data.domains import DomainManifest
 from megatron_tikmix.data.tasks import Task, build_task
 from megatron_tikmix.errors import InputError
-from megatron_tikmix.mixing import Mixture, MixtureSchedule
+from megatron_tikmix.mixing import Mixture, MixtureSchedule, propose_mixture
 
 
 class TrainingData:
@@ -61,11 +61,20 @@ class TrainingData:
 
     def _read_initial_mixture(self, config: RunConfig) -> Mixture:
         initial = config.data.initial_mixture
-        if initial == "uniform":
-            return Mixture.uniform(self.names)
-        if initial == "proportional":
+        if isinstance(initial, str):
+            train = config.train
+            samples = train.train_iters * train.global_batch_size
             tokens = {name: self.manifest.split(name, "train").tokens for name in self.names}
-            return Mixture.proportional(tokens)
+            try:
+                return propose_mixture(
+                    initial,
+                    tokens,
+                    temperature=config.data.temperature,
+                    budget_tokens=samples * config.data.sequence_length,
+                    max_epochs=config.data.unimax_epochs,
+                )
+            except InputError as error:
+                raise InputError(f"data.initial_mixture {initial}: {error}") from error
         unknown = set(initial) - set(self.names)
         if unknown:
             raise InputError(

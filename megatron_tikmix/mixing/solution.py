@@ -20,8 +20,8 @@ class MixtureSolution:
     mixture: Mixture
 
     status: Literal["solved", "fallback"]
-    """`solved`: certified. `fallback`: the nearest mixture to the prior within the hard
-    constraints (the prior itself, if it keeps them), for the `reason` given."""
+    """`solved`: certified, or found by TiKMiX-M. `fallback`: the nearest mixture to the prior
+    within the hard constraints (the prior itself, if it keeps them), for the `reason` given."""
 
     reason: str
     """In words: why the fallback, and which constraint had to give way; empty if there is nothing
@@ -44,16 +44,21 @@ class MixtureSolution:
     total_variation: float
     """Of the mixture from the prior."""
 
+    prior_violation: float
+    """By how much the prior breaks the hard constraint that it keeps worst; 0 if it keeps all."""
+
     active_constraints: list[str]
     """Those met with equality: `lower:<domain>`, `upper:<domain>`, `fixed:<domain>`,
     `max_epochs:<domain>`, `group_lower:<group>`, `group_upper:<group>`, `total_variation`,
     `pareto:<task>`."""
 
     certificate: Certificate | None
-    """Of the mixture: feasible, and how far from the optimum at most; None for a fallback."""
+    """Of the mixture: feasible, and how far from the optimum at most; None for a fallback, and for
+    TiKMiX-M, whose outcomes are predicted."""
 
     solver: str
-    """`slsqp` or `clarabel`, whichever found the mixture (for a fallback, was tried last)."""
+    """`slsqp` or `clarabel`, whichever found the mixture (for a fallback, was tried last);
+    `dirichlet` for TiKMiX-M's search."""
 
     solver_message: str
     iterations: int

@@ -230,6 +230,10 @@ class Problem:
             yield conic.solve
             yield slsqp.solve if D <= _SLSQP_MOST else partial(conic.solve, regularization=1e-8)
 
+    def _prior_violation(self) -> float:
+        violation, _ = self.region.hard().violation(self.region.prior_D)
+        return violation if violation > FEASIBLE else 0.0
+
     def describe(
         self, mixture: Mixture, prior: Mixture, order_of_tasks: Sequence[str], **facts: Any
     ) -> MixtureSolution:
@@ -250,6 +254,7 @@ class Problem:
             gain_before={task: before[task] for task in order_of_tasks},
             gain_after={task: after[task] for task in order_of_tasks},
             total_variation=prior.total_variation(mixture),
+            prior_violation=self._prior_violation(),
             active_constraints=[name for name, slack in slacks.items() if slack <= FEASIBLE],
             **facts,
         )
