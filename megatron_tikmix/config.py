@@ -6,6 +6,7 @@ is what ``--help`` shows.
 """
 
 import difflib
+import fnmatch
 import math
 import os
 import re
@@ -21,6 +22,7 @@ from megatron.core.optimizer import OptimizerConfig
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_tikmix.errors import InputError
+from megatron_tikmix.mixing import MixtureConstraints
 
 
 @dataclass(kw_only=True)
@@ -91,9 +93,18 @@ class DataConfig:
     domains: list[str] | None = None
     """Train on these domains of the manifest only (default: all of them)."""
 
-    initial_mixture: Literal["uniform", "proportional"] | dict[str, float] = "proportional"
-    """Mixture of the first interval: `uniform`, `proportional` to training tokens, or weights
-    by domain name."""
+    initial_mixture: (
+        Literal["uniform", "proportional", "temperature", "unimax"] | dict[str, float]
+    ) = "proportional"
+    """Mixture of the first interval, and of the whole run with remix.policy static: `uniform`,
+    `proportional` to training tokens, `temperature` (proportional to tokens^(1/temperature)),
+    `unimax` (as uniform as unimax_epochs over the whole run allow), or weights by domain name."""
+
+    temperature: float = 2.0
+    """`initial_mixture: temperature`: 1 is proportional, larger is nearer to uniform."""
+
+    unimax_epochs: float = 4.0
+    """`initial_mixture: unimax`: the most passes over a domain in the whole run."""
 
     num_workers: int = 0
     """Data-loading worker processes of each rank."""
@@ -164,15 +175,49 @@ class SchedulerConfig:
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class ConstraintsConfig(MixtureConstraints):
+    """Limits that every mixture decided at a boundary must respect."""
+
+    max_epochs: float | dict[str, float] | None = None
+    """Passes over a domain's training tokens, counted over the whole run, that no reset may plan
+    to exceed: one for all domains, or by name. It becomes an upper bound on the weight, from the
+    tokens that are left and the length of the next interval."""
+
+    def __post_init__(self) -> None:
+        try:
+            super().__post_init__()
+        except InputError as error:
+            raise InputError(f"remix.constraints.{error}") from None
+        caps = self.max_epochs
+        for value in caps.values() if isinstance(caps, dict) else [caps]:
+            require(
+                value is None or (math.isfinite(value) and value > 0),
+                "remix.constraints.max_epochs",
+                f"({value}) must be above 0",
+            )
+
+
 @dataclass(kw_only=True)
 class RemixConfig:
     """When and how the mixture is reset."""
 
-    policy: Literal["tikmix_d", "static"] = "tikmix_d"
-    """`tikmix_d` resets the mixture at every boundary; `static` keeps the initial one."""
+    policy: Literal["tikmix_d", "tikmix_m", "static"] = "tikmix_d"
+    """`tikmix_d` solves for the mixture at every boundary, `tikmix_m` goes on from its answer with
+    a surrogate fitted to measured candidates; `static` keeps the initial one."""
 
     interval_samples: int | None = None
     """Samples of one interval, a whole number of global batches. None: no boundary at all."""
+
+    start: int | float = 0
+    """No reset before this iteration, or before this share of training (a number with a point, up
+    to 1.0)."""
+
+    stop: int | float | None = None
+    """No reset after this iteration, or after this share of training. None: no limit."""
+
+    in_lr_decay: bool = False
+    """Also reset during the final learning-rate decay of a WSD schedule."""
 
     apply: bool = True
     """False: measure and solve at each boundary, log the answer, and keep the mixture."""
@@ -184,14 +229,29 @@ class RemixConfig:
     """Weight of the gain summed over tasks."""
 
     gamma: float = 1.0
-    """Weight of the mixture's entropy."""
+    """Weight of the mixture's diversity."""
+
+    diversity_reference: Literal["uniform", "proportional", "prior"] = "uniform"
+    """What diversity is measured from: `uniform` (entropy, as the paper has it), `proportional` to
+    training tokens, or `prior`, the mixture in force; the last two as KL divergence."""
 
     preset: Literal["paper"] | None = None
     """`paper`: the raw sum over tasks, as published."""
 
-    max_total_variation: float | None = 0.25
-    """Largest change of the mixture per reset, in total variation (half the summed absolute
-    change). None: no limit."""
+    smoothing: float = 0.0
+    """Weight of former boundaries in an exponential average of influence, 0 (none) to below 1."""
+
+    constraints: ConstraintsConfig = field(default_factory=ConstraintsConfig)
+
+    measure: Literal["gradient", "rollout"] = "rollout"
+    """tikmix_m: how candidates are measured: `rollout`, by training on each for a while (section
+    `rollout`), or `gradient`, by their influence, which costs nothing more."""
+
+    candidates: int = 48
+    """tikmix_m: how many candidate mixtures are measured."""
+
+    require_audit: bool = False
+    """Keep the mixture in force where the audit contradicts the prediction (section `audit`)."""
 
     def __post_init__(self) -> None:
         for name in ("alpha", "beta", "gamma"):
@@ -201,16 +261,100 @@ class RemixConfig:
                 f"remix.{name}",
                 "must be finite, and not negative",
             )
-        require(
-            self.max_total_variation is None or 0 < self.max_total_variation <= 1,
-            "remix.max_total_variation",
-            "must be above 0 and at most 1",
+        require(0 <= self.smoothing < 1, "remix.smoothing", "must be from 0 to below 1")
+        require(self.candidates >= 16, "remix.candidates", "must be at least 16")
+        for name in ("start", "stop"):
+            value = getattr(self, name)
+            require(
+                value is None or (value >= 0 and (isinstance(value, int) or value <= 1)),
+                f"remix.{name}",
+                f"({value}) must be an iteration (a whole number), or a share of training from "
+                f"0.0 to 1.0",
+            )
+
+
+@dataclass(kw_only=True)
+class RolloutConfig:
+    """Short real continuations of training, undone afterwards, that measure a candidate mixture."""
+
+    iters: int = 40
+    """Optimizer steps of each."""
+
+    repetitions: int = 1
+    """How often each candidate is measured, on fresh samples."""
+
+    def __post_init__(self) -> None:
+        for name in ("iters", "repetitions"):
+            require(getattr(self, name) > 0, f"rollout.{name}", "must be positive")
+
+
+@dataclass(kw_only=True)
+class AuditConfig:
+    """Rollouts of the old and the new mixture at a boundary, against what influence predicted."""
+
+    enabled: bool = False
+    """Make one whenever the mixture is to change."""
+
+    iters: int = 40
+    """Optimizer steps of each rollout."""
+
+    repetitions: int = 4
+    """Pairs of rollouts, each pair on fresh samples."""
+
+    confidence: float = 0.95
+    """Of the interval that a difference must be outside of to count."""
+
+    def __post_init__(self) -> None:
+        require(self.iters > 0, "audit.iters", "must be positive")
+        require(self.repetitions >= 4, "audit.repetitions", "must be at least 4, for an interval")
+        require(0 < self.confidence < 1, "audit.confidence", "must be between 0 and 1")
+
+
+@dataclass(kw_only=True)
+class ParametersConfig:
+    """Which parameters influence is measured on, by patterns on their names in the whole model.
+
+    Names are GPTModel's, layers counted from 0 over all pipeline stages:
+    `embedding.word_embeddings.weight`, `decoder.layers.3.mlp.linear_fc1.weight`. In a pattern `*`
+    stands for any characters, dots too.
+    """
+
+    include: list[str] = field(default_factory=lambda: ["*"])
+    """Measure on parameters that match one of these."""
+
+    exclude: list[str] = field(default_factory=list)
+    """But not on parameters that match one of these: `embedding.*`, `output_layer.*`."""
+
+    def __post_init__(self) -> None:
+        require(bool(self.include), "probe.parameters.include", "must have a pattern")
+
+    def selects(self, name: str) -> bool:
+        """Whether influence is measured on the parameter of this name."""
+        included, excluded = (
+            any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+            for patterns in (self.include, self.exclude)
         )
+        return included and not excluded
 
 
 @dataclass(kw_only=True)
 class ProbeConfig:
     """The influence probe at each boundary."""
+
+    data_parallel_mode: Literal["sharded", "replicated"] = "sharded"
+    """`sharded`: every sub-batch is spread over the data-parallel ranks and its gradient
+    reduce-scattered, as in training; each rank keeps its slice of the validation gradients.
+    `replicated`: each rank keeps them whole, takes sub-batches of its own, and no gradient of a
+    domain is sent at all. Both give the same matrix."""
+
+    gradient_dtype: Literal["fp32", "bf16"] = "fp32"
+    """Data type in which validation gradients are kept; inner products are summed in float64."""
+
+    task_group_size: int | None = None
+    """`replicated` only: keep the whole gradients of so many tasks at a time, and pass through
+    the domains again for each group. None: all tasks at once."""
+
+    parameters: ParametersConfig = field(default_factory=ParametersConfig)
 
     curvature: Literal["adam", "squared_gradients", "identity"] = "adam"
     """Inverse curvature: `adam` (the optimizer's damped second moment; before its first step
@@ -229,14 +373,58 @@ class ProbeConfig:
     task_samples: int = 64
     """At most so many samples of each task decide (the others report)."""
 
+    max_overhead: float | None = 0.25
+    """A probe may take at most so many tokens, relative to those of an interval: sub_batches is
+    lowered to fit, and what cannot fit is refused before training. None: no limit."""
+
+    precision: float | None = None
+    """Adaptive budget: add sub-batches where they matter, beyond `sub_batches`, until noise moves
+    the mixture solved by no more than this in total variation, and a fresh batch confirms it.
+    None: `sub_batches` of each domain, and no more."""
+
+    max_tokens: int | None = None
+    """`precision` only: the most tokens of one probe. None: what max_overhead leaves."""
+
     seed: int = 4321
     """Seed of the probe's own sample stream, apart from training's."""
 
     def __post_init__(self) -> None:
-        require(self.damping > 0, "probe.damping", "must be positive")
+        require(
+            math.isfinite(self.damping) and self.damping > 0, "probe.damping", "must be positive"
+        )
+        require(
+            self.task_group_size is None or self.task_group_size > 0,
+            "probe.task_group_size",
+            "must be positive",
+        )
+        require(
+            self.task_group_size is None or self.data_parallel_mode == "replicated",
+            "probe.task_group_size",
+            "bounds the memory of data_parallel_mode replicated only; leave it out",
+        )
         require(self.sub_batches >= 8, "probe.sub_batches", "must be at least 8 for honest errors")
+        require(
+            self.precision is None or 0 < self.precision < 1,
+            "probe.precision",
+            "must be between 0 and 1",
+        )
+        require(
+            self.max_tokens is None or (self.max_tokens > 0 and self.precision is not None),
+            "probe.max_tokens",
+            "must be positive, and goes with probe.precision",
+        )
+        require(
+            self.precision is None or (self.max_tokens or self.max_overhead) is not None,
+            "probe.precision",
+            "needs a limit: probe.max_tokens or probe.max_overhead",
+        )
         for name in ("sub_batch_samples", "task_samples"):
             require(getattr(self, name) > 0, f"probe.{name}", "must be positive")
+        require(
+            self.max_overhead is None or self.max_overhead > 0,
+            "probe.max_overhead",
+            "must be positive, or null for no limit",
+        )
 
 
 @dataclass(kw_only=True)
@@ -291,6 +479,8 @@ class RunConfig:
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     remix: RemixConfig = field(default_factory=RemixConfig)
     probe: ProbeConfig = field(default_factory=ProbeConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    audit: AuditConfig = field(default_factory=AuditConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
@@ -324,6 +514,11 @@ class RunConfig:
                 f"tasks.{name}.weight",
                 "cannot be set with remix.preset paper, which takes the raw sum over tasks",
             )
+        require(
+            self.audit.enabled or not self.remix.require_audit,
+            "remix.require_audit",
+            "needs audit.enabled true",
+        )
         require(0 <= self.seed < 2**32, "seed", f"({self.seed}) must be from 0 to 2**32 - 1")
         require(self.timeout_minutes > 0, "timeout_minutes", "must be positive")
         require(bool(self.run_dir), "run_dir", "must name a folder")
@@ -343,6 +538,32 @@ class RunConfig:
         """Iterations of one interval; None without boundaries."""
         samples = self.remix.interval_samples
         return None if samples is None else samples // self.train.global_batch_size
+
+    def outside_phase(self, iteration: int) -> str:
+        """Why there is no reset at this iteration, in words; empty if there is one."""
+        remix, iters = self.remix, self.train.train_iters
+
+        def at(bound: int | float) -> int:
+            return bound if isinstance(bound, int) else round(bound * iters)
+
+        if iteration < at(remix.start):
+            return f"resets begin at iteration {at(remix.start)} (remix.start)"
+        if remix.stop is not None and iteration > at(remix.stop):
+            return f"resets ended at iteration {at(remix.stop)} (remix.stop)"
+        decay = self.scheduler.lr_wsd_decay_iters
+        if self.scheduler.lr_decay_style == "WSD" and decay is not None and not remix.in_lr_decay:
+            first = (self.scheduler.lr_decay_iters or iters) - decay
+            if iteration >= first:
+                return (
+                    f"the learning rate decays from iteration {first} on (remix.in_lr_decay false)"
+                )
+        return ""
+
+    @property
+    def needs_rollouts(self) -> bool:
+        """Whether anything is measured by short continuations of training."""
+        by_rollout = self.remix.policy == "tikmix_m" and self.remix.measure == "rollout"
+        return by_rollout or self.audit.enabled
 
     def data_parallel_size(self, world_size: int) -> int:
         """Data-parallel ranks in a world of this size."""
@@ -473,6 +694,11 @@ class RunConfig:
         )
 
     def _check_boundaries(self) -> None:
+        require(
+            not self.remix.constraints.epoch_caps,
+            "remix.constraints.epoch_caps",
+            "follows from remix.constraints.max_epochs; set that",
+        )
         samples, batch = self.remix.interval_samples, self.train.global_batch_size
         if samples is None:
             return

@@ -10,19 +10,24 @@ from megatron_tikmix.data.builder import TrainingData
 from megatron_tikmix.data.domain_stream import DomainStream
 from megatron_tikmix.data.loader import DataParallelLoader
 from megatron_tikmix.data.probe import ProbeData
+from megatron_tikmix.data.rollout import RolloutData
 from megatron_tikmix.errors import InputError
 from megatron_tikmix.parallel.collectives import agree_on_input
 from megatron_tikmix.parallel.initialize import Parallel, initialize, shut_down
 from megatron_tikmix.seeds import derived_seed
 from megatron_tikmix.training.checkpoint import Checkpointer
+from megatron_tikmix.training.decide import Decider
 from megatron_tikmix.training.loop import Run, train
 from megatron_tikmix.training.model import build_model
 from megatron_tikmix.training.optimizer import build_optimizer, build_scheduler
 from megatron_tikmix.training.optimizer_state import OptimizerShards
+from megatron_tikmix.training.parameter_names import check_selection
 from megatron_tikmix.training.plan import describe
 from megatron_tikmix.training.probe import InfluenceProbe
+from megatron_tikmix.training.probe_plan import ProbePlan, plan_probe
 from megatron_tikmix.training.record import Recorder
 from megatron_tikmix.training.remix import Remixer
+from megatron_tikmix.training.rollout import Rollouts
 from megatron_tikmix.training.state import TrainState
 from megatron_tikmix.training.step import ForwardBackward, connect
 
@@ -43,11 +48,11 @@ def pretrain(config: RunConfig, resolved: str) -> None:
     config.check(world_size)
     if config.dry_run:
         if rank == 0:
-            print(describe(config, world_size, TrainingData(config)))
+            print(describe(config, world_size, load_data(config)))
         return
     parallel = initialize(config.model, config.seed, config.timeout_minutes)
     try:
-        data = together(parallel, lambda: TrainingData(config))
+        data = together(parallel, lambda: load_data(config))
         recorder = Recorder(config, resolved, parallel)
         together(parallel, recorder.open_folder)
         run = build(config, data, recorder, parallel)
@@ -60,6 +65,20 @@ def pretrain(config: RunConfig, resolved: str) -> None:
         recorder.finish()
     finally:
         shut_down()
+
+
+def load_data(config: RunConfig) -> TrainingData:
+    """The domains, tasks and samples; checked against what a boundary will decide.
+
+    Raises:
+        InputError: data that cannot be trained on, or constraints that it does not fit.
+    """
+    data = TrainingData(config)
+    if config.remix.policy != "static" and config.remix.interval_samples is not None:
+        build_decider(config, data).check(
+            data.initial_schedule().mixture(0), config.remix.interval_samples
+        )
+    return data
 
 
 def together(
@@ -85,6 +104,8 @@ def together(
 
 def build(config: RunConfig, data: TrainingData, recorder: Recorder, parallel: Parallel) -> Run:
     """All that a run is made of; brought back to the newest checkpoint in run_dir, if any."""
+    # The same on every rank: it follows from the configuration and the data's sizes.
+    plan = plan_probe(config, parallel.world_size, data)
 
     def build_training() -> tuple[Any, Any, Any]:
         model = build_model(
@@ -130,7 +151,10 @@ def build(config: RunConfig, data: TrainingData, recorder: Recorder, parallel: P
             num_workers=config.data.num_workers,
         ),
         tasks=data.tasks,
-        remixer=_build_remixer(config, data, forward_backward, optimizer, recorder),
+        remixer=_build_remixer(
+            config, data, forward_backward, optimizer, scheduler, recorder, plan
+        ),
+        probe_plan=plan,
         checkpointer=checkpointer,
         recorder=recorder,
     )
@@ -176,23 +200,34 @@ def _build_remixer(
     config: RunConfig,
     data: TrainingData,
     forward_backward: ForwardBackward,
-    optimizer: object,
+    optimizer: Any,
+    scheduler: Any,
     recorder: Recorder,
+    plan: ProbePlan | None,
 ) -> Remixer | None:
-    if config.remix.policy == "static" or config.interval_iters is None:
+    if plan is None:
         return None
     parallel, probe = forward_backward.parallel, config.probe
 
-    def open_stream(domain: int, stage: int) -> DomainStream:
-        name = data.names[domain]
-        seed = derived_seed(probe.seed, stage, name)
-        return data.stream(name, seed, config.data.sequence_length)
+    def stream_of(domain: int, seed: int) -> DomainStream:
+        return data.stream(data.names[domain], seed, config.data.sequence_length)
 
+    def probe_stream(domain: int, stage: int) -> DomainStream:
+        return stream_of(domain, derived_seed(probe.seed, stage, data.names[domain]))
+
+    def rollout_stream(domain: int, seed: int) -> DomainStream:
+        return stream_of(domain, derived_seed(seed, data.names[domain]))
+
+    check_selection(forward_backward.model, probe.parameters, parallel)
     shards = OptimizerShards(
-        forward_backward.model, optimizer, parallel.groups, data.manifest.vocab_size
+        forward_backward.model,
+        optimizer,
+        parallel.groups,
+        data.manifest.vocab_size,
+        probe.parameters.selects,
     )
     probe_data = ProbeData(
-        open_stream,
+        probe_stream,
         data.names,
         data.tasks,
         sub_batch_samples=probe.sub_batch_samples,
@@ -202,13 +237,38 @@ def _build_remixer(
         data_parallel_size=parallel.data_parallel_size,
         microbatch_multiple=forward_backward.microbatch_multiple,
     )
+    rollouts = None
+    if config.needs_rollouts:
+        rollout_data = RolloutData(
+            rollout_stream,
+            data.names,
+            [task.name for task in data.tasks],
+            probe_data.of_task,
+            global_batch_size=config.train.global_batch_size,
+            micro_batch_size=config.train.micro_batch_size,
+            data_parallel_rank=parallel.data_parallel_rank,
+            data_parallel_size=parallel.data_parallel_size,
+        )
+        rollouts = Rollouts(
+            forward_backward, optimizer, scheduler, rollout_data, on_progress=recorder.rolling_out
+        )
     return Remixer(
         InfluenceProbe(
             forward_backward, optimizer, shards, probe_data, probe, on_progress=recorder.probing
         ),
+        build_decider(config, data),
+        rollouts,
         parallel,
-        remix=config.remix,
-        sub_batches=probe.sub_batches,
-        seed=probe.seed,
+        config,
+        plan,
+    )
+
+
+def build_decider(config: RunConfig, data: TrainingData) -> Decider:
+    """What decides at a boundary."""
+    return Decider(
+        config.remix,
+        seed=config.probe.seed,
         task_weights={name: task.weight for name, task in config.tasks.items()},
+        samples_per_epoch={stream.name: stream.samples_per_epoch for stream in data.streams},
     )

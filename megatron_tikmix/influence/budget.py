@@ -5,12 +5,13 @@ moves it is found by redrawing each domain's sub-batches (a bootstrap) and solvi
 `probe.precision` the probe grows until that distance is small, or the tokens are spent.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_tikmix.errors import InputError
 from megatron_tikmix.influence.sub_batch_bank import MIN_SUB_BATCHES, SubBatchBank
 from megatron_tikmix.mixing import InfluenceMatrix, Mixture
 
@@ -33,26 +34,49 @@ class Sensitivity:
     Attributes:
         mixture: solved on the bank as it is.
         total_variation: 95% of the mixtures solved on redrawn banks are within so much of it.
-        moves: by domain, the mean absolute change of its weight.
     """
 
     mixture: Mixture
     total_variation: float
-    moves: dict[str, float]
 
 
 def sensitivity(bank: SubBatchBank, solve: Solve, generator: np.random.Generator) -> Sensitivity:
     """Solve on the bank, and on redraws of it."""
-    mixture = solve(bank.influence_matrix())
-    redraws = _REDRAWS if len(mixture) <= _MANY else _REDRAWS_OF_MANY
-    drawn = [solve(bank.redrawn(generator)) for _ in range(redraws)]
-    distances = [mixture.total_variation(other) for other in drawn]
-    moved_D = np.abs([other.array(mixture.domains) - mixture.array() for other in drawn]).mean(0)
-    return Sensitivity(
-        mixture,
-        float(np.quantile(distances, QUANTILE)),
-        dict(zip(mixture.domains, moved_D.tolist(), strict=True)),
+    measured = bank.influence_matrix()
+    mixture = solve(measured)
+    distances = []
+    for _ in range(_REDRAWS if len(mixture) <= _MANY else _REDRAWS_OF_MANY):
+        drawn = replace(
+            bank.redrawn(generator),
+            # As well known as what was measured is.
+            standard_error_VD=measured.standard_error_VD,
+            degrees_of_freedom=measured.degrees_of_freedom,
+        )
+        distances.append(solve(drawn).total_variation(mixture))
+    return Sensitivity(mixture, float(np.quantile(distances, QUANTILE)))
+
+
+def importance(
+    bank: SubBatchBank, mixture: Mixture, task_weights: Mapping[str, float]
+) -> dict[str, float]:
+    """How far the noise in each usable domain's influence moves the mixture, up to a factor.
+
+    Without constraints the entropic mixture is w_j ∝ exp(s_j/γ), s_j a domain's gain over all
+    tasks. If s_j moves by δ, the mixture moves by w_j (1 − w_j) δ/γ in total variation; δ is here
+    the standard error of s_j. Only shares matter, so the factor does not.
+    """
+    usable = bank.usable()
+    matrix = bank.influence_matrix()
+    weights_V = np.array([task_weights[task] for task in usable.tasks]) / matrix.scale_V
+    gains = SubBatchBank(
+        (usable.sums_DBV @ weights_V)[:, :, None], usable.tokens_DB, usable.domains, ["gain"]
     )
+    errors_VD = gains.influence_matrix().standard_error_VD
+    assert errors_VD is not None
+    return {
+        name: mixture[name] * (1 - mixture[name]) * error
+        for name, error in zip(usable.domains, errors_VD[0].tolist(), strict=True)
+    }
 
 
 class AdaptiveBudget:
@@ -66,12 +90,20 @@ class AdaptiveBudget:
     Args:
         precision: total variation, 0 to 1.
         solve: the decision as a function of the influence.
+        task_weights: what each task counts for, by name.
         generator: of the redraws.
     """
 
-    def __init__(self, precision: float, solve: Solve, generator: np.random.Generator) -> None:
+    def __init__(
+        self,
+        precision: float,
+        solve: Solve,
+        task_weights: Mapping[str, float],
+        generator: np.random.Generator,
+    ) -> None:
         self._precision = precision
         self._solve = solve
+        self._task_weights = task_weights
         self._generator = generator
         self._to_confirm: Mixture | None = None
         self.confirmed = False
@@ -83,8 +115,13 @@ class AdaptiveBudget:
         Args:
             affordable: how many sub-batches may still be added, over all domains.
         """
-        self.latest = found = sensitivity(bank, self._solve, self._generator)
         nothing_D = np.zeros(len(bank.domains), dtype=np.int64)
+        if not bank.usable().domains or not bank.usable().tasks:
+            return nothing_D
+        try:
+            self.latest = found = sensitivity(bank, self._solve, self._generator)
+        except InputError:  # there is no mixture to settle; the decision will say why
+            return nothing_D
         if self._to_confirm is not None:
             moved = found.mixture.total_variation(self._to_confirm)
             self.confirmed = max(moved, found.total_variation) <= self._precision
@@ -96,13 +133,14 @@ class AdaptiveBudget:
             self._to_confirm = found.mixture
             fresh_D = np.maximum(MIN_SUB_BATCHES, -(-bank.sub_batches_D // 2)) * usable_D
             return fresh_D if fresh_D.sum() <= affordable else nothing_D
-        moves_D = np.array([found.moves.get(name, 0.0) for name in bank.domains]) * usable_D
+        matters = importance(bank, found.mixture, self._task_weights)
+        moves_D = np.array([matters.get(name, 0.0) for name in bank.domains])
         added = min(int(np.ceil(GROWTH * bank.sub_batches_D[usable_D].sum())), affordable)
         return shared_out(added, lacking(bank.sub_batches_D, moves_D, added))
 
 
 def lacking(sub_batches_D: NDArray[np.int64], moves_D: Array, added: int) -> Array:
-    """By how much each domain falls short of its best share of a larger total, (D,).
+    """By how much each domain falls short of its best share of a total larger by `added`, (D,).
 
     Neyman's allocation: noise moves the mixture least, for a given total, when sub-batches are in
     proportion to what a single one of each domain moves it by, which is moves · √(sub-batches).

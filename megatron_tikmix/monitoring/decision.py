@@ -122,12 +122,25 @@ def decision_in_words(former: Mapping[str, Any] | None, row: Mapping[str, Any]) 
 
 
 def cost_in_words(row: Mapping[str, Any]) -> str:
-    """What the probe of this boundary took; empty where none was run."""
-    tokens, seconds = row.get("probe_tokens"), row.get("probe_seconds")
-    if not tokens:
-        return ""
+    """What the probe and the rollouts of this boundary took; empty where none was run."""
+    parts = []
+    if row.get("probe_tokens"):
+        parts.append(_spent("Probe", row["probe_tokens"], row.get("probe_seconds")))
+    rollout, audit = row.get("rollout"), row.get("audit")
+    if rollout:
+        tokens = rollout["trained_tokens"] + rollout["evaluated_tokens"]
+        name = f"{rollout['rollouts']} rollouts"
+        parts.append(_spent(name, tokens, rollout["seconds"]))
+    if audit:
+        parts.append(sentence(audit["reason"][:1].upper() + audit["reason"][1:]))
+        tokens = audit["trained_tokens"] + audit["evaluated_tokens"]
+        parts.append(_spent("Audit", tokens, audit["seconds"]))
+    return " ".join(parts)
+
+
+def _spent(what: str, tokens: int, seconds: float | None) -> str:
     time = "" if seconds is None else f" in {number(seconds, 1)} s"
-    return f"Probe: {count(tokens)} tokens{time}."
+    return f"{what}: {count(tokens)} tokens{time}."
 
 
 def sentence(text: object) -> str:

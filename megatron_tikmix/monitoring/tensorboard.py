@@ -69,8 +69,15 @@ class TensorBoardWriter:
         for field in ("influence", "influence_se"):
             for task, values in (ledger_row.get(field) or {}).items():
                 self._scalars(f"{field}/{task}", values, iteration)
-        for field in ("total_variation", "effective_domains"):
+        for field in ("total_variation", "total_variation_noise", "effective_domains"):
             self._scalar(f"mixture/{field}", ledger_row.get(field), iteration)
+        for field, values in (ledger_row.get("rank_stability") or {}).items():
+            self._scalars(f"rank_stability/{field}", values, iteration)
+        certificate = (ledger_row.get("solution") or {}).get("certificate") or {}
+        self._scalar("solver/duality_gap", certificate.get("gap"), iteration)
+        audit = ledger_row.get("audit") or {}
+        for field in ("difference", "low", "high"):
+            self._scalar(f"audit/{field}", audit.get("overall", {}).get(field), iteration)
         self._validation(ledger_row, iteration)
         words = decision_in_words(former_row, ledger_row)
         self._writer.add_text("mixture/decision", words, iteration)

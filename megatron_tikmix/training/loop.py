@@ -17,9 +17,11 @@ from megatron_tikmix.mixing import Mixture
 from megatron_tikmix.parallel.collectives import check_same_on_all_ranks, sum_over_ranks
 from megatron_tikmix.parallel.initialize import Parallel
 from megatron_tikmix.training.checkpoint import Checkpointer
+from megatron_tikmix.training.decide import Boundary, Decision
 from megatron_tikmix.training.evaluate import evaluate
+from megatron_tikmix.training.probe_plan import ProbePlan
 from megatron_tikmix.training.record import Recorder
-from megatron_tikmix.training.remix import Decision, Remixer
+from megatron_tikmix.training.remix import Remixer
 from megatron_tikmix.training.state import TrainState
 from megatron_tikmix.training.step import ForwardBackward, LossSums, StepResult, train_step
 
@@ -38,6 +40,7 @@ class Run:
     loader: DataParallelLoader
     tasks: list[Task]
     remixer: Remixer | None
+    probe_plan: ProbePlan | None
     checkpointer: Checkpointer
     recorder: Recorder
 
@@ -73,6 +76,8 @@ def train(run: Run) -> None:
         task_loss = measure(run)
         run.recorder.step({**row, "task_loss": task_loss}, realised_mixture(run))
         if not state.done:
+            if run.probe_plan and len(state.ledger) == 1:
+                run.recorder.probe_estimate(run.probe_plan.tokens, row["tokens_per_second"])
             reset_mixture(run, task_loss)
         run.checkpointer.save(state)
 
@@ -80,11 +85,26 @@ def train(run: Run) -> None:
 def reset_mixture(run: Run, task_loss: dict[str, float]) -> None:
     """Decide the next interval's mixture, and open its stage. Collective."""
     state = run.state
-    prior = state.schedule.mixture(-1)
-    decision = run.remixer.remix(len(state.ledger), prior) if run.remixer else None
-    state.schedule.append(state.consumed_samples, decision.mixture if decision else prior)
+    at = boundary(run)
+    decision = run.remixer.remix(at) if run.remixer else None
+    state.schedule.append(state.consumed_samples, decision.mixture if decision else at.prior)
     check_same_on_all_ranks(state.schedule.digest(), "the mixture schedule", run.parallel)
     open_stage(run, decision, task_loss)
+
+
+def boundary(run: Run) -> Boundary:
+    """Where the run stands, for the decision on the stage that begins here."""
+    state = run.state
+    counts_D = state.schedule.domain_counts(state.consumed_samples)
+    return Boundary(
+        stage=len(state.ledger),
+        iteration=state.iteration,
+        prior=state.schedule.mixture(-1),
+        consumed=dict(zip(run.domains, counts_D.tolist(), strict=True)),
+        interval_samples=(run.interval_end() - state.iteration)
+        * run.config.train.global_batch_size,
+        ledger=state.ledger,
+    )
 
 
 def train_interval(run: Run, until: int) -> dict[str, Any]:
@@ -190,22 +210,15 @@ def open_stage(run: Run, decision: Decision | None, task_loss: dict[str, float])
         "probe_seconds": 0.0,
         "solution": None,
         "bank": None,
+        "rank_stability": None,
+        "rollout": None,
+        "audit": None,
     }
     if state.ledger:
         former = Mixture(state.ledger[-1]["weights"])
         row["total_variation"] = mixture.total_variation(former)
     if decision is not None:
-        row |= decision.influence.to_json() if decision.influence else {}
-        row |= {
-            "source": decision.source,
-            "reason": decision.reason,
-            "curvature": decision.curvature,
-            "bank": decision.bank.to_json() if decision.bank else None,
-            "total_variation_noise": decision.total_variation_noise,
-            "probe_tokens": decision.probe_tokens,
-            "probe_seconds": decision.probe_seconds,
-            "solution": decision.solution.to_json() if decision.solution else None,
-        }
+        row |= decision.to_json()
     state.ledger.append(row)
     run.recorder.stage(state.ledger)
 

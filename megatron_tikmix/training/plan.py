@@ -1,13 +1,16 @@
 """What a run is going to do and what its probe costs, in words, before it starts."""
 
-import math
-
 from megatron_tikmix.config import RunConfig
 from megatron_tikmix.data.builder import TrainingData
+from megatron_tikmix.training.probe_plan import plan_probe
 
 
 def describe(config: RunConfig, world_size: int, data: TrainingData) -> str:
-    """The plan, one line a subject."""
+    """The plan, one line a subject.
+
+    Raises:
+        InputError: the probe costs more than `probe.max_overhead` allows.
+    """
     return "\n".join(
         f"{subject:<12} {text}"
         for subject, text in (
@@ -17,25 +20,9 @@ def describe(config: RunConfig, world_size: int, data: TrainingData) -> str:
             ("tasks", ", ".join(task.name for task in data.tasks)),
             ("mixture", _mixture(config)),
             ("probe", _probe(config, world_size, data)),
+            ("rollouts", _rollouts(config)),
         )
     )
-
-
-def probe_samples(config: RunConfig, world_size: int, data: TrainingData) -> int:
-    """Samples of one probe: each costs a forward and a backward pass, as in training.
-
-    Every pass fills the micro-batches of all data-parallel ranks, with padding where it must.
-    """
-    probe, model = config.probe, config.model
-    step = config.train.micro_batch_size * config.data_parallel_size(world_size)
-    if model.virtual_pipeline_model_parallel_size:
-        step *= model.pipeline_model_parallel_size
-
-    def filled(samples: int) -> int:
-        return math.ceil(samples / step) * step
-
-    of_tasks = sum(filled(min(probe.task_samples, t.decide.samples_per_epoch)) for t in data.tasks)
-    return of_tasks + len(data.names) * probe.sub_batches * filled(probe.sub_batch_samples)
 
 
 def _layout(config: RunConfig, world_size: int) -> str:
@@ -60,34 +47,64 @@ def _domains(config: RunConfig, data: TrainingData) -> str:
     return f"{len(data.names)} with {tokens:,} training tokens in {config.data.manifest}"
 
 
+_HOW = {
+    "tikmix_d": "reset by TiKMiX-D",
+    "tikmix_m": "reset by TiKMiX-M",
+    "static": "kept (remix.policy static)",
+}
+
+
 def _mixture(config: RunConfig) -> str:
     length, iters = config.interval_iters, config.train.train_iters
     if length is None or length >= iters:
         return "the initial one throughout: no interval boundary before the end"
-    boundaries = (iters - 1) // length
-    how = "reset by TiKMiX-D" if config.remix.policy == "tikmix_d" else "kept (remix.policy static)"
-    return f"{how} at {boundaries} boundaries, every {length:,} iterations"
+    boundaries = range(length, iters, length)
+    text = (
+        f"{_HOW[config.remix.policy]} at {len(boundaries)} boundaries, every {length:,} iterations"
+    )
+    if config.remix.policy != "static":
+        kept = [at for at in boundaries if config.outside_phase(at)]
+        if kept:
+            text += f"; but not at {len(kept)} of them: {config.outside_phase(kept[-1])}"
+        if not config.remix.apply:
+            text += "; measured and logged only (remix.apply false)"
+    return text
+
+
+def _rollouts(config: RunConfig) -> str:
+    """What short continuations cost at one boundary, in iterations of training."""
+    if config.interval_iters is None or not config.needs_rollouts:
+        return "none"
+    parts = []
+    remix, rollout, audit = config.remix, config.rollout, config.audit
+    iterations = 0
+    if remix.policy == "tikmix_m" and remix.measure == "rollout":
+        iterations += remix.candidates * rollout.repetitions * rollout.iters
+        parts.append(
+            f"{remix.candidates} candidates × {rollout.repetitions} × {rollout.iters} iterations"
+        )
+    if audit.enabled:
+        iterations += 2 * audit.repetitions * audit.iters
+        parts.append(f"audit of 2 mixtures × {audit.repetitions} × {audit.iters} iterations")
+    share = iterations / config.interval_iters
+    return f"{' + '.join(parts)} = {iterations:,} iterations, {share:.1f} times an interval"
 
 
 def _probe(config: RunConfig, world_size: int, data: TrainingData) -> str:
-    length = config.interval_iters
-    if length is None or config.remix.policy == "static":
+    plan = plan_probe(config, world_size, data)
+    if plan is None:
         return "none"
-    probe, samples = config.probe, probe_samples(config, world_size, data)
-    share = samples / (samples + length * config.train.global_batch_size)
-    text = (
-        f"{len(data.names)} domains × {probe.sub_batches} sub-batches × "
-        f"{probe.sub_batch_samples} samples + {len(data.tasks)} tasks = {samples:,} samples "
-        f"({samples * config.data.sequence_length:,} tokens), {share:.0%} of the compute of an "
-        f"interval with its probe; curvature {probe.curvature}"
-    )
-    step = config.train.micro_batch_size * config.data_parallel_size(world_size)
+    probe = config.probe
+    text = f"{plan.in_words()}; curvature {probe.curvature}"
+    step = config.train.micro_batch_size
+    if probe.data_parallel_mode == "sharded":
+        step *= config.data_parallel_size(world_size)
     if probe.sub_batch_samples % step:
         text += (
             f"; part of that is padding: make probe.sub_batch_samples a multiple of {step} "
-            f"(micro_batch_size × data-parallel ranks)"
+            f"(micro_batch_size × data-parallel ranks that share a sub-batch)"
         )
-    wanted = probe.sub_batches * probe.sub_batch_samples
+    wanted = plan.sub_batches * probe.sub_batch_samples
     small = [s.name for s in data.streams if s.samples_per_epoch < wanted]
     if small:
         text += (

@@ -85,10 +85,23 @@ class Recorder:
         if self._terminal:
             self._terminal.evaluation(iteration, task_loss)
 
+    def probe_estimate(self, tokens: int, tokens_per_second: float) -> None:
+        """How long the first probe will take, now that training's speed is known."""
+        if self._terminal and tokens_per_second > 0:
+            self._terminal.say(
+                f"the probe's {tokens:,} tokens will take about {tokens / tokens_per_second:.1f} s "
+                f"at training's {tokens_per_second:,.0f} tokens/s"
+            )
+
     def probing(self, done: int, total: int) -> None:
         """Progress of a probe."""
         if self._terminal:
             self._terminal.status(f"probe: {done}/{total} passes" if done < total else "solving")
+
+    def rolling_out(self, done: int, total: int) -> None:
+        """Progress of rollouts."""
+        if self._terminal:
+            self._terminal.status(f"rollouts: {done}/{total}")
 
     def stage(self, ledger: list[Row]) -> None:
         """The ledger's last row, which has just been added."""

@@ -39,6 +39,14 @@ CASES = {
         "sequence_parallel",
     ),
     "sub-batches": ({"probe.sub_batches": 2}, "probe.sub_batches"),
+    "constraints that conflict": (
+        {"remix.constraints": {"lower": {"low": 0.6}, "upper": {"low": 0.5}}},
+        "the constraints lower:low, upper:low cannot hold together: they miss by 0.1",
+    ),
+    "constraint on an unknown domain": ({"remix.constraints": {"fixed": ["law"]}}, "law"),
+    "a start of neither kind": ({"remix.start": 1.5}, "remix.start"),
+    "an audit that is required and not made": ({"remix.require_audit": True}, "audit.enabled"),
+    "precision without a limit": ({"probe.precision": 0.05}, "probe.max_tokens or"),
 }
 
 

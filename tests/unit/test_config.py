@@ -63,7 +63,7 @@ def test_the_distributed_optimizer_is_always_used(path: str) -> None:
         (["--remix.interval_sample", "3"], "did you mean remix.interval_samples?"),
         (["--remix.policy", "magic"], "remix.policy"),
         (["--remix.gamma", "-1"], "remix.gamma must be finite"),
-        (["--remix.max_total_variation", "0"], "remix.max_total_variation"),
+        (["--remix.constraints.max_total_variation", "0"], "remix.constraints.max_total_variation"),
         (["--tasks", "{}"], "tasks must name"),
         (["--tasks", "{'a b': {domain: low}}"], "tasks.a b"),
         (["--scheduler.lr_decay_style", "WSD"], "lr_wsd_decay_iters"),
@@ -102,8 +102,8 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
     text = capsys.readouterr().out
     for words in (
         "torchrun --nproc-per-node",
-        "--remix.max_total_variation",
-        "Largest change of the mixture per reset",
+        "--remix.constraints.max_total_variation",
+        "Largest change per reset",
         "--model.tensor_model_parallel_size",
     ):
         assert words in text

@@ -61,7 +61,10 @@ def make_run(
                 "effective_domains": float(np.exp(-(weights_D * np.log(weights_D)).sum())),
                 "probe_tokens": 98304 if stage else 0,
                 "probe_seconds": 3.2 if stage else 0.0,
-                "solution": {"objective": -3.1, "status": "converged"} if stage else None,
+                "solution": _solution() if stage else None,
+                "rank_stability": _rank_stability(tasks, rng) if stage > 1 else None,
+                "rollout": None,
+                "audit": _audit() if stage else None,
             }
         )
         drawn_D = drawn_D + rng.multinomial(INTERVAL * BATCH, weights_D)
@@ -77,6 +80,33 @@ def make_run(
     for row in ledger:
         append_jsonl(path / "mixture.jsonl", row)
     return json.loads(json.dumps(ledger)), metrics
+
+
+def _solution() -> dict[str, Any]:
+    return {
+        "objective": -3.1,
+        "status": "solved",
+        "certificate": {"lower_bound": -3.1, "gap": 2e-14, "violation": 0.0},
+    }
+
+
+def _rank_stability(tasks: Sequence[str], rng: np.random.Generator) -> dict[str, Any]:
+    ceiling_V = rng.uniform(0.7, 1.0, len(tasks))
+    return {
+        "correlation": _named(tasks, 0.9 * ceiling_V),
+        "ceiling": _named(tasks, ceiling_V),
+    }
+
+
+def _audit() -> dict[str, Any]:
+    return {
+        "verdict": "confirmed",
+        "reason": "the audit's rollouts are as predicted",
+        "overall": {"predicted": 0.1, "difference": 0.02, "low": 0.01, "high": 0.03},
+        "trained_tokens": 40_000,
+        "evaluated_tokens": 8_000,
+        "seconds": 2.0,
+    }
 
 
 def _step(iteration: int, domains: Sequence[str], rng: np.random.Generator) -> dict[str, Any]:

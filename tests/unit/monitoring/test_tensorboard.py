@@ -40,9 +40,15 @@ def expected_scalars(ledger, metrics, realised):
         expected["mixture/effective_domains", step] = row["effective_domains"]
         if row["influence"]:
             expected["mixture/total_variation", step] = row["total_variation"]
+            expected["mixture/total_variation_noise", step] = row["total_variation_noise"]
+            expected["solver/duality_gap", step] = row["solution"]["certificate"]["gap"]
+            found = row["audit"]["overall"]
+            put("audit", {name: found[name] for name in ("difference", "low", "high")}, step)
             for task in row["influence"]:
                 put(f"influence/{task}", row["influence"][task], step)
                 put(f"influence_se/{task}", row["influence_se"][task], step)
+        for field, values in (row["rank_stability"] or {}).items():
+            put(f"rank_stability/{field}", values, step)
     for row in metrics:
         step = row["iteration"]
         expected["lm loss", step] = row["lm_loss"]
@@ -81,6 +87,7 @@ def test_every_value_comes_back(tmp_path, domains):
     assert texts[120].startswith("tikmix_d: the change is 3.1 times its noise. Total variation ")
     assert f"{ledger[1]['total_variation']:.3f} (noise 0.021)" in texts[120]
     assert "Largest moves: " in texts[120]
+    assert "The audit's rollouts are as predicted. Audit: 48.0 k tokens in 2.0 s." in texts[120]
     assert "Largest moves: " not in texts[0]
 
 

@@ -236,8 +236,8 @@ def test_docstrings_are_parted_from_code(tmp_path):
 def test_text_that_is_not_utf8_or_not_there_is_left_out(tmp_path):
     path = tmp_path / "latin.h"
     path.write_bytes(b"caf\xe9")
-    assert build_corpus._read_text(path) == ""
-    assert build_corpus._read_text(tmp_path / "missing.h") == ""
+    assert build_corpus.read_text(path) == ""
+    assert build_corpus.read_text(tmp_path / "missing.h") == ""
 
 
 def test_generated_headers_are_left_out(tmp_path):

@@ -1,0 +1,201 @@
+"""When a boundary resets the mixture, and when it keeps it, on banks made by hand."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from megatron_tikmix.config import ConstraintsConfig, RemixConfig
+from megatron_tikmix.errors import InputError
+from megatron_tikmix.influence.sub_batch_bank import SubBatchBank
+from megatron_tikmix.mixing import DomainGroup, InfluenceMatrix, Mixture
+from megatron_tikmix.training.decide import Boundary, Decider, Decision, completed
+
+DOMAINS, TASKS = ["a", "b", "junk"], ["t", "u"]
+USEFUL_VD = np.array([[1.0, 0.6, 0.0], [0.5, 1.0, 0.0]])
+
+
+def bank_of(noise: float, seed: int = 0, values_VD: np.ndarray = USEFUL_VD) -> SubBatchBank:
+    """Influence USEFUL_VD in sub-batches that scatter by `noise`."""
+    generator = np.random.default_rng(seed)
+    values_DBV = values_VD.T[:, None, :] + noise * generator.normal(size=(3, 8, 2))
+    return SubBatchBank(values_DBV * 64.0, np.full((3, 8), 64.0), DOMAINS, TASKS)
+
+
+def boundary(prior: Mixture | None = None, **fields: Any) -> Boundary:
+    default: dict[str, Any] = {
+        "stage": 1,
+        "iteration": 100,
+        "prior": (prior or Mixture.uniform(DOMAINS)).rounded(),
+        "consumed": dict.fromkeys(DOMAINS, 100),
+        "interval_samples": 300,
+        "ledger": [],
+    }
+    return Boundary(**{**default, **fields})
+
+
+def decider(constraints: dict[str, Any] | None = None, **remix: Any) -> Decider:
+    return Decider(
+        RemixConfig(constraints=ConstraintsConfig(**(constraints or {})), **remix),
+        seed=4321,
+        task_weights=dict.fromkeys(TASKS, 1.0),
+        samples_per_epoch=dict.fromkeys(DOMAINS, 200),
+    )
+
+
+def decide(noise: float, at: Boundary | None = None, **remix: Any) -> Decision:
+    return decider(**remix).decide(bank_of(noise), at or boundary())
+
+
+def test_a_change_beyond_the_noise_is_made() -> None:
+    decision = decide(noise=0.01)
+    assert decision.source == "tikmix_d"
+    assert decision.mixture["junk"] < 0.5 / 3
+    assert decision.total_variation_noise is not None
+    assert decision.mixture.total_variation(Mixture.uniform(DOMAINS)) > 0.05
+
+
+def test_a_change_within_the_noise_is_not() -> None:
+    settled = decide(noise=0.0, constraints={"max_total_variation": None}).mixture
+    decision = decide(noise=0.5, at=boundary(settled), constraints={"pareto": False})
+    assert decision.source == "kept"
+    assert decision.mixture == settled
+    assert decision.reason is not None
+    assert "noise alone" in decision.reason
+    assert decision.solution is not None
+    assert decision.total_variation_noise is not None
+    assert 0 < decision.solution.total_variation <= decision.total_variation_noise
+
+
+def test_a_mixture_that_no_other_is_better_than_stays() -> None:
+    settled = decide(noise=0.0, constraints={"max_total_variation": None}).mixture
+    decision = decide(noise=0.5, at=boundary(settled))
+    assert (decision.source, decision.mixture) == ("kept", settled)
+    assert "those that bind: pareto:t" in (decision.reason or "")
+
+
+def test_measured_but_not_applied() -> None:
+    decision = decide(noise=0.01, apply=False)
+    assert decision.source == "kept"
+    assert decision.mixture == Mixture.uniform(DOMAINS).rounded()
+    assert decision.solution is not None
+    assert decision.solution.total_variation > 0.05
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_lost_gradient_names_its_domain_whose_weight_stays(bad: float) -> None:
+    bank = bank_of(0.01)
+    bank.sums_DBV[1, 3, 0] = bad
+    decision = decider().decide(bank, boundary())
+    assert decision.source == "tikmix_d"
+    assert "the gradient of b is not finite: the weight stays" in (decision.reason or "")
+    assert decision.mixture["b"] == pytest.approx(1 / 3, abs=1e-8)
+    assert decision.mixture["junk"] < 0.8 / 3
+    fixed_elsewhere = decider(constraints={"fixed": ["a"]}).decide(bank, boundary())
+    assert fixed_elsewhere.mixture.total_variation(Mixture.uniform(DOMAINS)) < 1e-8
+
+
+def test_a_lost_task_is_left_out_and_named() -> None:
+    bank = bank_of(0.01)
+    lost = SubBatchBank(bank.sums_DBV, bank.tokens_DB, DOMAINS, TASKS, bad_tasks=["u"])
+    decision = decider().decide(lost, boundary())
+    assert "the gradient of task u is not finite: left out" in (decision.reason or "")
+    assert decision.influence is not None
+    assert decision.influence.tasks == ("t",)
+
+
+def test_where_every_gradient_is_lost_nothing_is_reset() -> None:
+    bank = bank_of(0.0)
+    bank.sums_DBV[:] = np.nan
+    decision = decider().decide(bank, boundary())
+    assert (decision.source, decision.mixture) == ("kept", boundary().prior)
+    assert "a, b, junk" in (decision.reason or "")
+
+
+def test_a_cap_that_the_mixture_in_force_breaks_is_not_overruled_by_noise() -> None:
+    """`b` has 50 samples left for an interval of 300: at most a sixth of it."""
+    at = boundary(consumed={"a": 100, "b": 350, "junk": 100})
+    decision = decider(constraints={"max_epochs": 2}).decide(bank_of(0.8), at)
+    assert decision.source == "tikmix_d"
+    assert "breaks a constraint" in (decision.reason or "")
+    assert decision.mixture["b"] <= 50 / 300 + 1e-8
+    assert decision.solution is not None
+    assert "max_epochs:b" in decision.solution.active_constraints
+    only_measured = decider(constraints={"max_epochs": 2}, apply=False).decide(bank_of(0.8), at)
+    assert only_measured.source == "kept"
+
+
+def test_caps_that_nothing_fits_keep_the_mixture_and_say_so() -> None:
+    at = boundary(consumed=dict.fromkeys(DOMAINS, 390))
+    decision = decider(constraints={"max_epochs": 2}).decide(bank_of(0.01), at)
+    assert decision.source == "kept"
+    assert "no mixture can be decided: the constraints max_epochs:a" in (decision.reason or "")
+
+
+def test_constraints_are_checked_before_any_training() -> None:
+    uniform = Mixture.uniform(DOMAINS)
+    group = {"g": DomainGroup(domains=["a", "b"], upper=0.2)}
+    with pytest.raises(InputError, match="lower:a, group_upper:g"):
+        decider(constraints={"lower": {"a": 0.5}, "groups": group}).check(uniform, 300)
+    with pytest.raises(InputError, match="domain nowhere"):
+        decider(constraints={"max_epochs": {"nowhere": 3}}).check(uniform, 300)
+    decider(constraints={"confidence": 0.9, "groups": group}).check(uniform, 300)
+
+
+def test_a_confidence_makes_the_decision_more_careful() -> None:
+    conflict_VD = np.array([[1.0, -0.5, 0.3], [-0.5, 1.0, 0.3]])
+    bank = bank_of(0.3, values_VD=conflict_VD)
+    plain = decider().decide(bank, boundary())
+    careful = decider(constraints={"confidence": 0.95}).decide(bank, boundary())
+    assert plain.solution is not None
+    assert careful.solution is not None
+    assert careful.solution.total_variation < plain.solution.total_variation
+
+
+def test_diversity_is_measured_from_the_mixture_in_force_if_asked() -> None:
+    nothing = bank_of(0.0, values_VD=np.zeros((2, 3)))
+    prior = Mixture({"a": 0.5, "b": 0.3, "junk": 0.2})
+    towards_uniform = decider().decide(nothing, boundary(prior))
+    stays = decider(diversity_reference="prior").decide(nothing, boundary(prior))
+    assert towards_uniform.mixture["junk"] > 0.3
+    assert stays.solution is not None
+    assert stays.solution.total_variation < 1e-7
+
+
+def row_of(bank: SubBatchBank) -> dict[str, Any]:
+    return {"bank": bank.to_json()}
+
+
+def test_smoothing_averages_over_the_ledger() -> None:
+    other_VD = USEFUL_VD[:, ::-1]
+    ledger = [{"bank": None}, row_of(bank_of(0.01, 1, other_VD))]
+    alone = decider().decide(bank_of(0.01), boundary(ledger=ledger))
+    averaged = decider(smoothing=0.5).decide(bank_of(0.01), boundary(ledger=ledger))
+    assert alone.influence is not None
+    assert averaged.influence is not None
+    expected_VD = (USEFUL_VD + 0.5 * other_VD) / 1.5
+    np.testing.assert_allclose(averaged.influence.values_VD, expected_VD, atol=0.02)
+    np.testing.assert_allclose(alone.influence.values_VD, USEFUL_VD, atol=0.02)
+
+
+def test_rank_stability_is_logged_against_the_boundary_before() -> None:
+    first = decide(noise=0.01)
+    assert first.rank_stability is None
+    ledger = [row_of(bank_of(0.01, 1))]
+    stable = decide(noise=0.01, at=boundary(ledger=ledger)).rank_stability
+    assert stable is not None
+    assert stable.correlation == {"t": 1.0, "u": 1.0}
+
+
+def test_what_was_not_measured_is_completed_with_zeros() -> None:
+    influence = InfluenceMatrix([[1.0]], domains=["a"], tasks=["t"], standard_error_VD=[[0.1]])
+    whole = completed(influence, ["b", "a"], ["t", "u"])
+    assert (whole.domains, whole.tasks) == (("a", "b"), ("t", "u"))
+    np.testing.assert_array_equal(whole.values_VD, [[1, 0], [0, 0]])
+    np.testing.assert_array_equal(whole.standard_error_VD, [[0.1, 0], [0, 0]])
+
+
+def test_a_decision_is_the_same_every_time() -> None:
+    first, second = (decide(noise=0.2) for _ in range(2))
+    assert first.mixture == second.mixture
+    assert first.total_variation_noise == second.total_variation_noise
