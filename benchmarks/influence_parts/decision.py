@@ -1,0 +1,45 @@
+"""The decision that banks are judged by: TiKMiX-D's answer, as a boundary would find it."""
+
+from dataclasses import dataclass, field
+
+from influence_parts.trained import Settings, Trained, large_bank
+from megatron_tikmix.config import RemixConfig
+from megatron_tikmix.influence.sub_batch_bank import SubBatchBank
+from megatron_tikmix.mixing import InfluenceMatrix, Mixture, solve_tikmix_d
+
+SUB_BATCHES = 1600
+SUB_BATCH_SAMPLES = 4
+HELPINGS = 8
+PER_HELPING = SUB_BATCHES // HELPINGS
+SEED = 1
+
+
+def reference_bank(settings: Settings, found: Trained) -> SubBatchBank:
+    """The large bank of the parts that draw from one: 1,600 sub-batches of each domain, `adam`."""
+    return large_bank(
+        settings,
+        found,
+        sub_batches=SUB_BATCHES,
+        sub_batch_samples=SUB_BATCH_SAMPLES,
+        helpings=HELPINGS,
+        seed=SEED,
+        curvature="adam",
+    )
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Solves as a boundary does after an interval of the uniform mixture, by `remix`'s defaults."""
+
+    prior: Mixture
+    remix: RemixConfig = field(default_factory=RemixConfig)
+
+    def __call__(self, influence: InfluenceMatrix) -> Mixture:
+        return solve_tikmix_d(
+            influence,
+            self.prior,
+            alpha=self.remix.alpha,
+            beta=self.remix.beta,
+            gamma=self.remix.gamma,
+            constraints=self.remix.constraints,
+        ).mixture
