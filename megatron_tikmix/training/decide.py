@@ -23,6 +23,7 @@ from megatron_tikmix.mixing import (
 )
 from megatron_tikmix.mixing.smoothing import smoothed
 from megatron_tikmix.seeds import derived_seed
+from megatron_tikmix.training.rollout import RolloutError
 
 Measure = Callable[[NDArray[np.float64]], NDArray[np.float64]]
 """Candidates (N, D) over the schedule's domains, to the drop of each task's loss (N, V)."""
@@ -231,14 +232,19 @@ class Decider:
             outcomes_NV = measure(np.stack([by_name[name] for name in at.prior], axis=1))
             return outcomes_NV[:, [bank.tasks.index(task) for task in matrix.tasks]]
 
-        return solve_tikmix_m(
-            matrix,
-            at.prior,
-            probe=probe,
-            candidates=self._config.candidates,
-            seed=derived_seed(self._seed, "tikmix_m", at.stage) >> 1,
-            **self._arguments(influence, at),
-        )
+        try:
+            return solve_tikmix_m(
+                matrix,
+                at.prior,
+                probe=probe,
+                candidates=self._config.candidates,
+                seed=derived_seed(self._seed, "tikmix_m", at.stage) >> 1,
+                **self._arguments(influence, at),
+            )
+        except RolloutError as error:  # training itself is as it was
+            first = self._solve_d(influence, at)
+            reason = f"{error}: the answer is TiKMiX-D's"
+            return replace(first, reason="; ".join(filter(None, [first.reason, reason])))
 
     def _solve_d(self, influence: InfluenceMatrix, at: Boundary) -> MixtureSolution:
         return solve_tikmix_d(

@@ -16,7 +16,7 @@ from megatron_tikmix.training.audit import audit, keeps_old
 from megatron_tikmix.training.decide import Boundary, Decider, Decision, completed
 from megatron_tikmix.training.probe import InfluenceProbe
 from megatron_tikmix.training.probe_plan import ProbePlan
-from megatron_tikmix.training.rollout import Rollouts
+from megatron_tikmix.training.rollout import RolloutError, Rollouts
 from megatron_tikmix.training.rollout_service import RolloutService
 
 
@@ -122,24 +122,37 @@ class Remixer:
         if not config.enabled or decision.mixture.integer_weights() == at.prior.integer_weights():
             return decision
         assert self._rollouts is not None
-        found = audit(
-            self._rollouts,
-            at.prior,
-            decision.mixture,
-            # Of a domain or task that was not measured nothing was predicted.
-            decision.influence
-            and completed(decision.influence, self.probe.domains, self.probe.tasks),
-            task_weights={name: task.weight for name, task in self._config.tasks.items()},
-            seed=derived_seed(self._config.probe.seed, "audit", at.stage),
-            iters=config.iters,
-            repetitions=config.repetitions,
-            confidence=config.confidence,
-        )
+        try:
+            found = audit(
+                self._rollouts,
+                at.prior,
+                decision.mixture,
+                # Of a domain or task that was not measured nothing was predicted.
+                decision.influence
+                and completed(decision.influence, self.probe.domains, self.probe.tasks),
+                task_weights={name: task.weight for name, task in self._config.tasks.items()},
+                seed=derived_seed(self._config.probe.seed, "audit", at.stage),
+                iters=config.iters,
+                repetitions=config.repetitions,
+                confidence=config.confidence,
+            )
+        except RolloutError as error:  # on every rank alike, and training is as it was
+            return self._unaudited(decision, at, f"there was no audit: {error}")
         if found is not None:
             decision = replace(decision, audit=found.to_json())
         if keeps_old(
             found, require_audit=self._config.remix.require_audit, parallel=self._parallel
         ):
-            reason = f"{decision.reason}; kept all the same: {found.reason if found else ''}"
-            return replace(decision, mixture=at.prior, source="kept", reason=reason)
+            return _kept(decision, at, found.reason if found else "")
         return decision
+
+    def _unaudited(self, decision: Decision, at: Boundary, why: str) -> Decision:
+        """The decision where the audit failed: followed unless an audit is required."""
+        if self._config.remix.require_audit:
+            return _kept(decision, at, why)
+        return replace(decision, reason=f"{decision.reason}; {why}")
+
+
+def _kept(decision: Decision, at: Boundary, why: str) -> Decision:
+    reason = f"{decision.reason}; kept all the same: {why}"
+    return replace(decision, mixture=at.prior, source="kept", reason=reason)

@@ -10,6 +10,7 @@ from megatron_tikmix.errors import InputError
 from megatron_tikmix.influence.sub_batch_bank import SubBatchBank
 from megatron_tikmix.mixing import DomainGroup, InfluenceMatrix, Mixture
 from megatron_tikmix.training.decide import Boundary, Decider, Decision, completed
+from megatron_tikmix.training.rollout import RolloutError
 
 DOMAINS, TASKS = ["a", "b", "junk"], ["t", "u"]
 USEFUL_VD = np.array([[1.0, 0.6, 0.0], [0.5, 1.0, 0.0]])
@@ -193,6 +194,68 @@ def test_what_was_not_measured_is_completed_with_zeros() -> None:
     assert (whole.domains, whole.tasks) == (("a", "b"), ("t", "u"))
     np.testing.assert_array_equal(whole.values_VD, [[1, 0], [0, 0]])
     np.testing.assert_array_equal(whole.standard_error_VD, [[0.1, 0], [0, 0]])
+
+
+# TiKMiX-M --------------------------------------------------------------------------------------
+
+
+def saturating(weights_ND: np.ndarray) -> np.ndarray:
+    """Outcomes over DOMAINS and TASKS: what training does where gains level off."""
+    return (1 - np.exp(-6 * weights_ND)) @ USEFUL_VD.T / 6
+
+
+def test_tikmix_m_measures_candidates_over_the_domains_of_the_schedule() -> None:
+    asked = []
+
+    def measure(weights_ND: np.ndarray) -> np.ndarray:
+        asked.append(weights_ND)
+        return saturating(weights_ND)
+
+    tikmix_m = decider(policy="tikmix_m", constraints={"max_total_variation": None})
+    decision = tikmix_m.decide(bank_of(0.01), boundary(), measure)
+    assert decision.source == "tikmix_m"
+    (weights_ND,) = asked
+    assert weights_ND.shape == (48, 3)
+    # The first candidate is the mixture in force, the second TiKMiX-D's answer.
+    np.testing.assert_allclose(weights_ND[0], 1 / 3, atol=1e-8)
+    first = decider(constraints={"max_total_variation": None}).decide(bank_of(0.01), boundary())
+    np.testing.assert_allclose(weights_ND[1], first.mixture.array(DOMAINS), atol=1e-8)
+    assert decision.solution is not None
+    assert decision.solution.details["mean_skill"] > 0.5
+
+
+def test_tikmix_m_knows_which_domain_and_task_were_lost() -> None:
+    bank = bank_of(0.01)
+    bank.sums_DBV[1, 3, 0] = np.nan
+    lost = SubBatchBank(bank.sums_DBV, bank.tokens_DB, DOMAINS, TASKS, bad_tasks=["u"])
+    seen = []
+
+    def measure(weights_ND: np.ndarray) -> np.ndarray:
+        seen.append(weights_ND)
+        return saturating(weights_ND)
+
+    decision = decider(policy="tikmix_m").decide(lost, boundary(), measure)
+    np.testing.assert_allclose(seen[0][:, 1], 1 / 3, atol=1e-8)  # the lost domain, b, is held
+    assert decision.mixture["b"] == pytest.approx(1 / 3, abs=1e-8)
+    assert decision.solution is not None
+    assert list(decision.solution.gain_after) == ["t"]
+
+
+def test_tikmix_m_by_influence_needs_no_rollouts() -> None:
+    decision = decider(policy="tikmix_m", measure="gradient").decide(bank_of(0.01), boundary())
+    assert decision.solution is not None
+    assert decision.solution.details["candidates"] == 48
+    by_d = decide(noise=0.01)
+    assert decision.mixture.total_variation(by_d.mixture) < 0.15
+
+
+def test_rollouts_that_fail_leave_the_answer_of_d() -> None:
+    def measure(_: np.ndarray) -> np.ndarray:
+        raise RolloutError("a rollout failed: out of memory")
+
+    decision = decider(policy="tikmix_m").decide(bank_of(0.01), boundary(), measure)
+    assert "a rollout failed: out of memory: the answer is TiKMiX-D's" in (decision.reason or "")
+    assert decision.mixture == decide(noise=0.01).mixture
 
 
 def test_a_decision_is_the_same_every_time() -> None:
