@@ -179,6 +179,9 @@ def solve_tikmix_m(
     before, after = predicted.ranks(np.stack([start_D, weights_D]))
     if after >= _BROKEN:
         return answer_of_d("no mixture is predicted to keep Pareto")
+    broken, name = problem.region.without_pareto().violation(weights_D)
+    if broken > FEASIBLE:
+        return answer_of_d(f"the answer of the search breaks the constraint {name} by {broken:.2g}")
     if after >= before:
         return answer_of_d("no mixture is predicted to be better")
     by_name = dict(zip(problem.domains, weights_D.tolist(), strict=True))
