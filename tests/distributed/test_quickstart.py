@@ -118,6 +118,6 @@ def test_a_dry_run_tells_the_plan_and_writes_nothing(
     plan = capsys.readouterr().out
     assert "4 ranks = tensor 2 × pipeline 1 × data 2" in plan
     assert "2 boundaries, every 5 iterations" in plan
-    assert "= 416 samples (53,248 tokens, at the least 53,248)" in plan
+    assert "= 416 samples (53,248 tokens; at the least 53,248)" in plan
     assert "520.0% of an interval's tokens (no limit), 83.9% of the compute" in plan
     assert not Path(short["run_dir"]).exists()
