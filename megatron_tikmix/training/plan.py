@@ -1,8 +1,15 @@
 """What a run is going to do and what its probe costs, in words, before it starts."""
 
+import math
+import time
+
+import torch
+
 from megatron_tikmix.config import RunConfig
 from megatron_tikmix.data.builder import TrainingData
 from megatron_tikmix.training.probe_plan import plan_probe
+
+_UTILISATION = 0.4  # of a matrix product's rate, by a whole training step: what is common
 
 
 def describe(config: RunConfig, world_size: int, data: TrainingData) -> str:
@@ -23,6 +30,19 @@ def describe(config: RunConfig, world_size: int, data: TrainingData) -> str:
             ("rollouts", _rollouts(config)),
         )
     )
+
+
+def matrix_product_rate(dtype: torch.dtype, size: int = 1024, repeats: int = 4) -> float:
+    """FLOP/s of this machine's accelerator, or of one of its threads, on a large product."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    square = torch.ones(size, size, dtype=dtype, device=device)
+    square @ square  # the first one pays for what is loaded
+    best = math.inf
+    for _ in range(repeats):
+        started = time.perf_counter()
+        (square @ square)[0, 0].item()  # waits for the accelerator
+        best = min(best, time.perf_counter() - started)
+    return 2.0 * size**3 / best
 
 
 def _layout(config: RunConfig, world_size: int) -> str:
@@ -96,6 +116,12 @@ def _probe(config: RunConfig, world_size: int, data: TrainingData) -> str:
         return "none"
     probe = config.probe
     text = f"{plan.in_words()}; curvature {probe.curvature}"
+    rate = matrix_product_rate(torch.bfloat16 if config.model.bf16 else torch.float32)
+    seconds = plan.tokens * plan.flops_per_token / (_UTILISATION * rate * world_size)
+    text += (
+        f"; about {seconds:.2g} s, if each rank reaches {_UTILISATION:.0%} of the {rate:.1e} "
+        f"FLOP/s of a matrix product here (at the first boundary, from training's own speed)"
+    )
     step = config.train.micro_batch_size
     if probe.data_parallel_mode == "sharded":
         step *= config.data_parallel_size(world_size)

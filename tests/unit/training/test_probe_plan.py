@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -13,7 +14,7 @@ from megatron_tikmix.data.builder import TrainingData
 from megatron_tikmix.errors import InputError
 from megatron_tikmix.training.flops import flops_per_token, parameters_per_rank
 from megatron_tikmix.training.loop import Run, boundary
-from megatron_tikmix.training.plan import describe
+from megatron_tikmix.training.plan import describe, matrix_product_rate
 from megatron_tikmix.training.probe_plan import ProbePlan, plan_probe
 from tests.conftest import overridden
 from tests.influence_reference import probe_of
@@ -144,3 +145,8 @@ def test_the_run_measures_as_many_sub_batches_as_planned(
         assert decision.bank is not None
         assert decision.bank.sub_batches_D.tolist() == [12, 12, 12]
         assert decision.probe_tokens == run.probe_plan.tokens
+
+
+def test_the_rate_of_a_matrix_product_is_that_of_a_machine() -> None:
+    """Between an abacus and a supercomputer: it is an estimate, and no speed is asserted."""
+    assert 1e6 < matrix_product_rate(torch.float32, size=64, repeats=2) < 1e18
