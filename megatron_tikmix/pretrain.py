@@ -56,8 +56,13 @@ def pretrain(config: RunConfig, resolved: str) -> None:
         recorder = Recorder(config, resolved, parallel)
         together(parallel, recorder.open_folder)
         run = build(config, data, recorder, parallel)
-        plan = describe(config, world_size, data)
-        together(parallel, lambda: recorder.begin(plan, run.state))
+
+        def begin() -> None:
+            # Told by the main rank alone, and it times a product for it.
+            plan = describe(config, world_size, data) if parallel.is_main else ""
+            recorder.begin(plan, run.state)
+
+        together(parallel, begin)
         try:
             train(run)
         finally:

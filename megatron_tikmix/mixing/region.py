@@ -104,8 +104,8 @@ class Region:
         gained_V = self.rows_VD @ move_D + self.slack
         if self.errors_VD is None:
             return gained_V
-        noise_V: Array = gained_V - np.linalg.norm(self.errors_VD * move_D, axis=1)
-        return noise_V
+        left_V: Array = gained_V - np.linalg.norm(self.errors_VD * move_D, axis=1)
+        return left_V
 
     def violation(self, weights_D: Array) -> tuple[float, str]:
         """By how much the worst-kept constraint is broken (0 if none is), and its name."""
