@@ -117,13 +117,36 @@ class DataConfig:
 
 @dataclass(kw_only=True)
 class TaskConfig:
-    """A validation task: the held-out validation split of a domain."""
+    """A validation task: give one of `domain`, `prefix` and `prompts`."""
 
-    domain: str
+    domain: str | None = None
     """The domain whose `validation` split is measured."""
+
+    prefix: str | None = None
+    """PREFIX.bin and PREFIX.idx are measured: further held-out text, made with the manifest's
+    tokenizer."""
+
+    prompts: str | None = None
+    """A JSONL file (plain, .gz, .bz2, .xz or .zst) of prompts and completions, of which the
+    completions are measured. Tokenised at the start with the manifest's tokenizer."""
+
+    prompt_field: str = "prompt"
+    """`prompts`: the field that holds the prompt."""
+
+    completion_field: str = "completion"
+    """`prompts`: the field that holds the completion."""
 
     weight: float = 1.0
     """What this task counts for in the decision, relative to the others."""
+
+    def check(self, name: str) -> None:
+        """Refuse a task that is given by more or less than one of its three fields."""
+        kinds = [kind for kind in ("domain", "prefix", "prompts") if getattr(self, kind)]
+        require(
+            len(kinds) == 1,
+            f"tasks.{name}",
+            f"must have one of domain, prefix and prompts, and has {' and '.join(kinds) or 'none'}",
+        )
 
 
 @dataclass(kw_only=True)
@@ -505,6 +528,7 @@ class RunConfig:
                 f"tasks.{name}",
                 "must be named with letters, digits, '_', '.' and '-' only",
             )
+            self.tasks[name].check(name)
             weight = self.tasks[name].weight
             require(
                 math.isfinite(weight) and weight > 0, f"tasks.{name}.weight", "must be positive"

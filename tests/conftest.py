@@ -16,6 +16,7 @@ import pytest
 import torch
 import yaml
 from hypothesis import settings as hypothesis_settings
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from megatron_tikmix.data.domains import DomainManifest, DomainSplit
 
@@ -64,9 +65,38 @@ def build_corpus(folder: Path) -> Path:
                 generator = np.random.default_rng(len(split))
                 documents = [generator.permutation(document) for document in documents]
             domains[name][split] = write_tokens(folder / f"{name}_{split}", documents)
-    manifest = DomainManifest(folder / "domains.yaml", None, VOCAB_SIZE, EOD, domains)
+    tokenizer = write_word_tokenizer(folder / "tokenizer.json")
+    manifest = DomainManifest(folder / "domains.yaml", tokenizer, VOCAB_SIZE, EOD, domains)
     manifest.save()
     return manifest.path
+
+
+def write_word_tokenizer(path: Path) -> Path:
+    """A tokenizer to which `w17` is the token 17."""
+    words = {f"w{number}": number for number in range(VOCAB_SIZE)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token=f"w{VOCAB_SIZE - 1}"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.save(str(path))
+    return path
+
+
+def write_prompts(path: Path, count: int = 30) -> Path:
+    """Prompts of 0 to 39 words and completions of 1 to 41, some with the same prompt."""
+    generator = np.random.default_rng(5)
+    lines = []
+    for number in range(count):
+        if number % 5 or not lines:
+            prompt = " ".join(f"w{n}" for n in generator.integers(1, VOCAB_SIZE, number % 13 * 3))
+        words = [f"w{n}" for n in generator.integers(1, VOCAB_SIZE, 1 + number**2 % 41)]
+        lines.append(json.dumps({"prompt": prompt + " ", "completion": " ".join(words)}))
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+@pytest.fixture(scope="session")
+def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file of prompts and completions."""
+    return write_prompts(tmp_path_factory.mktemp("prompts") / "quiz.jsonl")
 
 
 @pytest.fixture(scope="session")

@@ -20,21 +20,18 @@ class TrainingData:
         self.manifest = DomainManifest.load(data.manifest)
         self.names = list(data.domains or self.manifest.domains)
         self.manifest.check_files(self.names, ["train"])
-        for name, task in config.tasks.items():
-            if task.domain not in self.manifest.domains:
+        held_out = {name: t.domain for name, t in config.tasks.items() if t.domain is not None}
+        for name, domain in held_out.items():
+            if domain not in self.manifest.domains:
                 raise InputError(
-                    f"tasks.{name}.domain: {data.manifest} has no domain {task.domain}; it has "
+                    f"tasks.{name}.domain: {data.manifest} has no domain {domain}; it has "
                     f"{', '.join(self.manifest.domains)}"
                 )
-        self.manifest.check_files([t.domain for t in config.tasks.values()], ["validation"])
+        self.manifest.check_files(held_out.values(), ["validation"])
         self.streams = [self.stream(name, config.seed, data.sequence_length) for name in self.names]
         self.tasks: list[Task] = [
             build_task(
-                name,
-                task.domain,
-                self.manifest,
-                seed=config.seed,
-                sequence_length=data.sequence_length,
+                name, task, self.manifest, seed=config.seed, sequence_length=data.sequence_length
             )
             for name, task in config.tasks.items()
         ]

@@ -15,18 +15,15 @@ Paths are relative to the manifest's folder, so that the folder can be moved.
 
 import os
 import re
-import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import yaml
 
+from megatron_tikmix.data.token_files import AGAIN, TokenFiles
 from megatron_tikmix.errors import InputError
-
-AGAIN = "run tools/preprocess_data.py again"
 
 
 @dataclass(frozen=True)
@@ -143,16 +140,12 @@ class DomainManifest:
                 self._check_split(f"domains.{domain}.{name}", self.split(domain, name))
 
     def _check_split(self, field: str, split: DomainSplit) -> None:
-        for path in (split.idx_path, split.bin_path):
-            if not path.is_file():
-                raise InputError(f"{path} is missing, and {self.path} names it; {AGAIN}")
-        index = _read_index(split.idx_path)
-        _check_size(split.bin_path, index.bin_bytes, "its .idx says")
+        found = TokenFiles.read(split.prefix, str(self.path))
         for name in ("documents", "tokens"):
-            listed, found = getattr(split, name), getattr(index, name)
-            if listed != found:
+            listed, real = getattr(split, name), getattr(found, name)
+            if listed != real:
                 raise InputError(
-                    f"{self.path}: {field}.{name} is {listed}, but {split.idx_path} says {found}; "
+                    f"{self.path}: {field}.{name} is {listed}, but {split.idx_path} says {real}; "
                     f"{AGAIN}"
                 )
 
@@ -229,64 +222,3 @@ def _take(
         if ill_typed or (isinstance(value, int) and value < 0):
             raise InputError(f"{where} field {name} must be {words[kind]}, and is {value!r}")
     return {name: content.get(name) for name in kinds}
-
-
-# Reading an index --------------------------------------------------------------------------
-
-
-class _Index(NamedTuple):
-    documents: int
-    tokens: int
-    bin_bytes: int
-
-
-_MAGIC = b"MMIDIDX\x00\x00"
-_HEADER = struct.Struct("<9sQBQQ")  # magic, version, token type, sequences, document bounds
-_TOKEN_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 8: 2}  # megatron-core's codes of integer types
-
-
-def _read_index(path: Path) -> _Index:
-    """What an ``.idx`` file says of its ``.bin``, from its header, lengths and last entries.
-
-    megatron-core's own reader is not used: it imports torch, maps both files, fails on a
-    truncated index by a bare assertion or numpy's "buffer is smaller than requested size",
-    and on a truncated ``.bin`` only in the middle of training.
-    """
-    with path.open("rb") as file:
-        header = file.read(_HEADER.size)
-        if len(header) < _HEADER.size or not header.startswith(_MAGIC):
-            raise InputError(f"{path} is not a Megatron index, or lost its first bytes; {AGAIN}")
-        _, version, code, sequences, bounds = _HEADER.unpack(header)
-        if version != 1 or code not in _TOKEN_BYTES:
-            raise InputError(
-                f"{path} is of version {version} with token type {code}, which megatron-core "
-                f"does not write for text; {AGAIN}"
-            )
-        # int32 lengths, int64 byte offsets into .bin, int64 document bounds.
-        lengths_end = _HEADER.size + 4 * sequences
-        offsets_end = lengths_end + 8 * sequences
-        _check_size(path, offsets_end + 8 * bounds, "its header says")
-        if sequences == 0 or bounds < 2:
-            raise InputError(f"{path} holds no documents; give the domain text and {AGAIN}")
-        lengths = np.memmap(file, dtype="<i4", mode="r", offset=_HEADER.size, shape=(sequences,))
-        length, shortest, total = int(lengths[-1]), int(lengths.min()), int(lengths.sum(dtype=int))
-        (offset,) = _read_at(file, offsets_end - 8, "<q")
-        (last_bound,) = _read_at(file, offsets_end + 8 * (bounds - 1), "<q")
-    token_bytes = _TOKEN_BYTES[code]
-    bin_bytes = offset + length * token_bytes
-    consistent = shortest >= 0 and total * token_bytes == bin_bytes and last_bound == sequences
-    if not consistent or offset < 0 or offset % token_bytes:
-        raise InputError(f"{path} contradicts itself; {AGAIN}")
-    return _Index(documents=bounds - 1, tokens=bin_bytes // token_bytes, bin_bytes=bin_bytes)
-
-
-def _read_at(file: Any, position: int, form: str) -> tuple[int, ...]:
-    file.seek(position)
-    return struct.unpack(form, file.read(struct.calcsize(form)))
-
-
-def _check_size(path: Path, expected: int, authority: str) -> None:
-    excess = path.stat().st_size - expected
-    if excess:
-        word = "longer" if excess > 0 else "shorter"
-        raise InputError(f"{path} is {abs(excess)} bytes {word} than {authority}; {AGAIN}")

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from megatron_tikmix.data.domain_stream import DomainStream
 from megatron_tikmix.data.samples import Sample
-from megatron_tikmix.data.tasks import Task, micro_batches
+from megatron_tikmix.data.tasks import SampleStream, Task, micro_batches
 
 
 class ProbeData:
@@ -65,7 +65,7 @@ class ProbeData:
             yield self._micro_batches(stream, samples, *((0, 1) if whole else self._place))
 
     def _micro_batches(
-        self, stream: DomainStream, samples: range, rank: int, size: int
+        self, stream: SampleStream, samples: range, rank: int, size: int
     ) -> list[Sample]:
         return micro_batches(
             stream,

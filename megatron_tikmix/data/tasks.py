@@ -1,15 +1,32 @@
-"""Validation tasks: held-out splits, cut into items that decide and items that report."""
+"""Validation tasks: held-out tokens or prompts, cut into items that decide and that report."""
 
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
+from megatron_tikmix.config import TaskConfig
+from megatron_tikmix.data.completions import CompletionStream, halves, read_items
 from megatron_tikmix.data.domain_stream import DomainStream
-from megatron_tikmix.data.domains import DomainManifest
+from megatron_tikmix.data.domains import DomainManifest, DomainSplit
 from megatron_tikmix.data.samples import Sample, stack
+from megatron_tikmix.data.token_files import TokenFiles
+from megatron_tikmix.data.tokenizer import load_tokenizer
 from megatron_tikmix.errors import InputError
 from megatron_tikmix.seeds import derived_seed
+
+
+class SampleStream(Protocol):
+    """An endless stream of samples, the same `samples_per_epoch` of them again and again."""
+
+    samples_per_epoch: int
+
+    def __getitem__(self, k: int) -> Sample: ...
+
+    def padding(self) -> Sample:
+        """A sample that counts for nothing: its loss is masked throughout."""
 
 
 @dataclass(frozen=True)
@@ -18,33 +35,70 @@ class Task:
 
     Attributes:
         decide: stream of the items whose gradient decides the next mixture.
-        report: stream of the items whose loss is reported; no document is in both.
+        report: stream of the items whose loss is reported; no document, and no prompt, is in both.
+        note: what the plan says of it, beside its name.
     """
 
     name: str
-    decide: DomainStream
-    report: DomainStream
+    decide: SampleStream
+    report: SampleStream
+    note: str = ""
+
+    def bits_per_byte(self, loss: float, task_samples: int) -> float | None:
+        """Of the first `task_samples` items that report; None where their bytes are not known.
+
+        Args:
+            loss: their mean loss per unmasked token, in nats.
+        """
+        if not isinstance(self.report, CompletionStream):
+            return None
+        return self.report.bits_per_byte(loss, task_samples)
 
 
 def build_task(
-    name: str, domain: str, manifest: DomainManifest, *, seed: int, sequence_length: int
+    name: str, config: TaskConfig, manifest: DomainManifest, *, seed: int, sequence_length: int
 ) -> Task:
-    """The task on the held-out split of `domain`, its documents divided in two by `seed`.
+    """The task that ``tasks.<name>`` describes.
 
     Raises:
-        InputError: the split is missing, or one half does not fill a sample.
+        InputError: its data is missing, is damaged, was made with another tokenizer, or is too
+            little to be cut into items that decide and items that report.
     """
-    split = manifest.split(domain, "validation")
+    if config.prompts is not None:
+        return _prompts(name, config, manifest, seed, sequence_length)
+    if config.domain is not None:
+        split, source = manifest.split(config.domain, "validation"), config.domain
+        what = f"the validation split of domain {config.domain}"
+    else:
+        assert config.prefix is not None
+        field = f"tasks.{name}.prefix"
+        files = TokenFiles.read(Path(config.prefix), field)
+        files.check_ids(manifest.vocab_size, str(manifest.path))
+        split, source = DomainSplit(files.prefix, files.documents, files.tokens), name
+        what = f"{field} {config.prefix}"
+    return _held_out(name, split, source, what, manifest, seed, sequence_length)
+
+
+def _held_out(
+    name: str,
+    split: DomainSplit,
+    source: str,
+    what: str,
+    manifest: DomainManifest,
+    seed: int,
+    sequence_length: int,
+) -> Task:
+    """The task on the documents of `split`, divided in two by `seed` and `source`."""
     tokens = IndexedDataset(str(split.prefix), multimodal=False, mmap=True)
     lengths = tokens.sequence_lengths.copy()  # its memory map closes with it
-    order = np.random.default_rng(derived_seed(seed, "task", domain)).permutation(len(lengths))
+    order = np.random.default_rng(derived_seed(seed, "task", source)).permutation(len(lengths))
     # Halves of equal tokens, not documents: one long document must not empty a half.
     half = int(np.searchsorted(np.cumsum(lengths[order]), lengths.sum() / 2, side="right"))
 
     def stream(documents: np.ndarray, role: str) -> DomainStream:
         try:
             return DomainStream(
-                f"{domain}/{role}",
+                f"{source}/{role}",
                 split,
                 seed=seed,
                 sequence_length=sequence_length,
@@ -54,15 +108,47 @@ def build_task(
             )
         except InputError as error:
             raise InputError(
-                f"task {name}: the validation split of domain {domain} is too short to be cut "
-                f"into items that decide and items that report ({error})"
+                f"task {name}: {what} is too short to be cut into items that decide and items "
+                f"that report ({error})"
             ) from error
 
     return Task(name, stream(order[:half], "decide"), stream(order[half:], "report"))
 
 
+def _prompts(
+    name: str, config: TaskConfig, manifest: DomainManifest, seed: int, sequence_length: int
+) -> Task:
+    """The task on the completions of a JSONL file, its prompts divided in two by `seed`."""
+    assert config.prompts is not None
+    if manifest.tokenizer is None:
+        raise InputError(
+            f"tasks.{name}.prompts: {manifest.path} names no tokenizer to encode them with; give "
+            f"it the field tokenizer, or tokenise the items and give them as prefix"
+        )
+    items = read_items(
+        Path(config.prompts),
+        f"tasks.{name}",
+        prompt_field=config.prompt_field,
+        completion_field=config.completion_field,
+        tokenizer=load_tokenizer(manifest.tokenizer, f"{manifest.path}: tokenizer"),
+        vocab_size=manifest.vocab_size,
+        eod=manifest.eod,
+        sequence_length=sequence_length,
+    )
+    decide, report = (
+        CompletionStream(half, sequence_length=sequence_length, eod=manifest.eod)
+        for half in halves(items, derived_seed(seed, "task", name))
+    )
+    note = f"{len(items):,} prompts"
+    for part in ("prompt", "completion"):
+        cut = sum(part in item.cut for item in items)
+        if cut:
+            note += f", {cut:,} with the {part} cut to data.sequence_length {sequence_length}"
+    return Task(name, decide, report, note)
+
+
 def micro_batches(
-    stream: DomainStream,
+    stream: SampleStream,
     samples: range,
     *,
     micro_batch_size: int,

@@ -12,6 +12,7 @@ Tags are stable:
     mixture/total_variation, mixture/effective_domains
     influence/<task>/<domain>, influence_se/<task>/<domain>     benefit sign: positive helps
     validation/loss/<task>
+    validation/bits_per_byte/<task>       tasks of prompts and completions only
     mixture/decision                      text: what was decided at a boundary, and why
 """
 
@@ -59,6 +60,7 @@ class TensorBoardWriter:
         self._scalars("domain_loss", metrics_row.get("domain_loss"), iteration)
         self._scalars("mixture/realised", realised, iteration)
         self._validation(metrics_row, iteration)
+        self._scalars("validation/bits_per_byte", metrics_row.get("task_bits_per_byte"), iteration)
 
     def stage(
         self, ledger_row: Mapping[str, Any], former_row: Mapping[str, Any] | None = None

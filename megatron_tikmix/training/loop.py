@@ -74,7 +74,8 @@ def train(run: Run) -> None:
     while not state.done:
         row = train_interval(run, until=run.interval_end())
         task_loss = measure(run)
-        run.recorder.step({**row, "task_loss": task_loss}, realised_mixture(run))
+        row |= {"task_loss": task_loss, "task_bits_per_byte": bits_per_byte(run, task_loss)}
+        run.recorder.step(row, realised_mixture(run))
         if not state.done:
             if run.probe_plan and len(state.ledger) == 1:
                 run.recorder.probe_estimate(run.probe_plan.tokens, row["tokens_per_second"])
@@ -171,6 +172,15 @@ def measure(run: Run) -> dict[str, float]:
     task_loss = evaluate(run.forward_backward, run.tasks, run.config.evaluate.task_samples)
     run.recorder.evaluation(run.state.iteration, task_loss)
     return task_loss
+
+
+def bits_per_byte(run: Run, task_loss: dict[str, float]) -> dict[str, float]:
+    """Of the tasks whose bytes are known: those of prompts and completions."""
+    found = {
+        task.name: task.bits_per_byte(task_loss[task.name], run.config.evaluate.task_samples)
+        for task in run.tasks
+    }
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def realised_mixture(run: Run) -> dict[str, float]:

@@ -7,6 +7,7 @@ import torch
 
 from megatron_tikmix.config import RunConfig
 from megatron_tikmix.data.builder import TrainingData
+from megatron_tikmix.data.tasks import Task
 from megatron_tikmix.training.probe_plan import plan_probe
 
 _UTILISATION = 0.4  # of a matrix product's rate, by a whole training step: what is common
@@ -24,7 +25,7 @@ def describe(config: RunConfig, world_size: int, data: TrainingData) -> str:
             ("layout", _layout(config, world_size)),
             ("training", _training(config)),
             ("domains", _domains(config, data)),
-            ("tasks", ", ".join(task.name for task in data.tasks)),
+            ("tasks", ", ".join(map(_task, data.tasks))),
             ("mixture", _mixture(config)),
             ("probe", _probe(config, world_size, data)),
             ("rollouts", _rollouts(config)),
@@ -65,6 +66,10 @@ def _training(config: RunConfig) -> str:
 def _domains(config: RunConfig, data: TrainingData) -> str:
     tokens = sum(data.manifest.split(name, "train").tokens for name in data.names)
     return f"{len(data.names)} with {tokens:,} training tokens in {config.data.manifest}"
+
+
+def _task(task: Task) -> str:
+    return f"{task.name} ({task.note})" if task.note else task.name
 
 
 _HOW = {

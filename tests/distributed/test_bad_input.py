@@ -16,6 +16,13 @@ CASES = {
     "wrong type": ({"train.train_iters": "many"}, "train.train_iters"),
     "missing manifest": ({"data.manifest": "nowhere.yaml"}, "nowhere.yaml"),
     "unknown domain of a task": ({"tasks.law.domain": "law"}, "tasks.law.domain"),
+    "a task of two kinds": ({"tasks.low.prefix": "x"}, "tasks.low must have one of domain, prefix"),
+    "a task of no kind": ({"tasks.law": {"weight": 2.0}}, "and prompts, and has none"),
+    "a task on missing tokens": (
+        {"tasks.law": {"prefix": "no/where"}},
+        "tasks.law.prefix names it",
+    ),
+    "a task on missing prompts": ({"tasks.law": {"prompts": "no.jsonl"}}, "no.jsonl: no such file"),
     "unknown domain": ({"data.domains": ["low", "law"]}, "law"),
     "negative weight": ({"data.initial_mixture": {"low": -1.0, "high": 2.0}}, "zero or more"),
     "weight that is no number": ({"data.initial_mixture": {"low": float("nan")}}, "low"),

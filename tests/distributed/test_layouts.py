@@ -25,6 +25,14 @@ def runs() -> dict[str, Path]:
 
 
 @pytest.fixture
+def settings(settings: dict[str, Any], prompts: Path) -> dict[str, Any]:
+    """With a task of each kind."""
+    held_out = Path(settings["data"]["manifest"]).parent / "junk_validation"
+    tasks = {"tasks.quiz": {"prompts": str(prompts)}, "tasks.extra": {"prefix": str(held_out)}}
+    return overridden(settings, tasks)
+
+
+@pytest.fixture
 def reference(settings: dict[str, Any], runs: dict[str, Path]) -> Path:
     """The run of one rank that the others are held against."""
     if "reference" not in runs:
@@ -55,6 +63,10 @@ def test_two_ranks_give_the_numbers_of_one(
         assert a["lm_loss"] == pytest.approx(b["lm_loss"], rel=1e-5)
         assert a["domain_loss"] == pytest.approx(b["domain_loss"], rel=1e-4)
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
+        if "task_loss" in b:
+            assert set(a["task_loss"]) == {"low", "high", "quiz", "extra"}
+            assert a["task_loss"] == pytest.approx(b["task_loss"], rel=1e-4)
+            assert list(a["task_bits_per_byte"]) == ["quiz"]
     found, expected = matrices(run_dir), matrices(reference)
     assert len(found) == len(expected) == 2
     scale_V1 = np.abs(expected[0]).max(axis=1, keepdims=True)

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_tikmix.config import TaskConfig
 from megatron_tikmix.data.domain_stream import DomainStream
 from megatron_tikmix.data.domains import DomainManifest
 from megatron_tikmix.data.loader import micro_batch_indices
@@ -120,7 +121,7 @@ def test_padding_counts_for_nothing(corpus: Path, micro_batch_size: int, size: i
 
 def test_items_that_decide_and_items_that_report_share_no_document(corpus: Path) -> None:
     manifest = DomainManifest.load(corpus)
-    task = build_task("t", "high", manifest, seed=1, sequence_length=SEQUENCE)
+    task = build_task("t", TaskConfig(domain="high"), manifest, seed=1, sequence_length=SEQUENCE)
     decide, report = set(task.decide._documents.tolist()), set(task.report._documents.tolist())
     assert not decide & report
     assert len(decide | report) == manifest.split("high", "validation").documents

@@ -1,0 +1,160 @@
+"""JSON lines, plain or compressed: one object a line, and a sentence for everything else."""
+
+import bz2
+import gzip
+import json
+import lzma
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from megatron_tikmix.errors import InputError
+
+COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
+"""File names that end so are unpacked as they are read."""
+
+
+class BadDocument(InputError):
+    """One document is not what it must be.
+
+    Attributes:
+        reason: in two or three words, for counting.
+    """
+
+    def __init__(self, reason: str, sentence: str) -> None:
+        super().__init__(sentence)
+        self.reason = reason
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line that is not blank: its place for messages, and its bytes."""
+
+    where: str
+    content: bytes
+
+
+def read_lines(path: Path) -> Iterator[Line]:
+    """The lines of a file, unpacked if its name says that it is compressed; blank lines are none.
+
+    Raises:
+        BadDocument: the compressed data is truncated or damaged; what came before it was yielded.
+        InputError: the file cannot be read.
+    """
+    number = 0
+    try:
+        with open_binary(path) as file:
+            for number, content in enumerate(file, start=1):
+                if content.strip():
+                    yield Line(f"{path}: line {number}:", content)
+    except _damage(path) as error:
+        problem = " ".join(str(error).split()) or type(error).__name__
+        raise BadDocument(
+            "damaged file",
+            f"{path}: truncated or damaged after line {number} ({problem}); fetch or pack it again",
+        ) from error
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def open_binary(path: Path) -> BinaryIO:
+    """The file's bytes, unpacked if need be.
+
+    Raises:
+        InputError: there is no reader of ``.zst`` here.
+    """
+    openers: dict[str, Callable[..., Any]] = {
+        ".gz": gzip.open,
+        ".bz2": bz2.open,
+        ".xz": lzma.open,
+        ".zst": lambda path: _zstandard(path).open(path, "rb"),
+    }
+    file: BinaryIO = openers.get(path.suffix, lambda path: path.open("rb"))(path)
+    return file
+
+
+def parse_object(line: Line, example: str) -> dict[str, Any]:
+    """The JSON object that a line holds.
+
+    Args:
+        example: what a good line looks like.
+
+    Raises:
+        BadDocument: names the file, the line and what is wrong there.
+    """
+    where = line.where
+    try:
+        content = json.loads(line.content.rstrip(b"\r\n").decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise BadDocument(
+            "invalid UTF-8",
+            f"{where} invalid UTF-8 at its byte {error.start + 1}; convert the file to UTF-8",
+        ) from error
+    except json.JSONDecodeError as error:
+        problem = f"{error.msg.removesuffix(' at')} at its character {error.colno}"
+        raise BadDocument(
+            "malformed JSON", f"{where} malformed JSON: {problem}; write one object a line"
+        ) from error
+    except (ValueError, RecursionError) as error:  # nested too deep, or a number of 5,000 digits
+        raise BadDocument(
+            "malformed JSON", f"{where} unreadable JSON: {error}; simplify it"
+        ) from error
+    if not isinstance(content, dict):
+        raise BadDocument("not an object", f"{where} not a JSON object; write {example}")
+    return content
+
+
+def text_of(content: dict[str, Any], field: str, where: str, option: str) -> str:
+    """The text in a field of a document.
+
+    Args:
+        option: what names the field, for messages.
+
+    Raises:
+        BadDocument: there is no such field, or no text in it.
+    """
+    if field not in content:
+        raise BadDocument(
+            "missing field",
+            f"{where} no field {field!r} among {', '.join(map(repr, content)) or 'none'}; "
+            f"name the field that holds the text with {option}",
+        )
+    text = content[field]
+    if not isinstance(text, str):
+        kind = json.dumps(text, default=repr)[:40]
+        raise BadDocument(
+            "not a string", f"{where} field {field!r} must be a string, and is {kind}"
+        )
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise BadDocument(
+            "invalid UTF-8",
+            f"{where} field {field!r} holds half a surrogate pair at character {error.start + 1}, "
+            "which is not text; remove it",
+        ) from error
+    return text
+
+
+def _damage(path: Path) -> tuple[type[Exception], ...]:
+    """What reading damaged compressed data raises."""
+    # bz2 raises a bare OSError, without an errno.
+    known: tuple[type[Exception], ...] = (EOFError, zlib.error, gzip.BadGzipFile, lzma.LZMAError)
+    if path.suffix == ".bz2":
+        known += (OSError,)
+    if path.suffix == ".zst":
+        known += (_zstandard(path).ZstdError,)
+    return known
+
+
+def _zstandard(path: Path) -> Any:
+    try:
+        import zstandard
+    except ImportError as error:
+        raise InputError(
+            f"{path}: reading .zst needs the package zstandard; pip install "
+            f"'megatron_tikmix[datasets]', or unpack the file"
+        ) from error
+    return zstandard
