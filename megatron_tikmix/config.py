@@ -106,12 +106,19 @@ class DataConfig:
     unimax_epochs: float = 4.0
     """`initial_mixture: unimax`: the most passes over a domain in the whole run."""
 
-    num_workers: int = 0
-    """Data-loading worker processes of each rank."""
+    num_workers: int | None = None
+    """Data-loading worker processes of each rank. None: 2 where there is a GPU, and none without,
+    where reading samples takes a small part of a step."""
+
+    path_to_cache: str | None = None
+    """Where the indices of large domains' epochs are kept, for all ranks and later runs; it must be
+    a folder that all nodes see. None: RUN_DIR/cache. Small domains have none on disk."""
 
     def __post_init__(self) -> None:
         require(self.sequence_length > 0, "data.sequence_length", "must be positive")
         require(self.domains != [], "data.domains", "must name a domain, or be left out for all")
+        if self.num_workers is None:
+            self.num_workers = 2 if torch.cuda.is_available() else 0
         require(self.num_workers >= 0, "data.num_workers", "must not be negative")
 
 

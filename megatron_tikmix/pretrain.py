@@ -149,11 +149,11 @@ def build(config: RunConfig, data: TrainingData, recorder: Recorder, parallel: P
         scheduler=scheduler,
         streams=data.streams,
         loader=DataParallelLoader(
-            BlendedDataset(state.schedule, data.streams),
+            BlendedDataset(state.schedule, data.streams, parallel),
             micro_batch_size=config.train.micro_batch_size,
             data_parallel_rank=parallel.data_parallel_rank,
             data_parallel_size=parallel.data_parallel_size,
-            num_workers=config.data.num_workers,
+            num_workers=config.data.num_workers or 0,
         ),
         tasks=data.tasks,
         remixer=_build_remixer(

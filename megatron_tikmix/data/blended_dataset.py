@@ -8,6 +8,8 @@ from torch.utils.data import Dataset
 from megatron_tikmix.data.domain_stream import DomainStream
 from megatron_tikmix.data.samples import Sample
 from megatron_tikmix.mixing import MixtureSchedule
+from megatron_tikmix.parallel.collectives import barrier
+from megatron_tikmix.parallel.initialize import Parallel
 
 
 class BlendedDataset(Dataset[Sample]):
@@ -15,14 +17,54 @@ class BlendedDataset(Dataset[Sample]):
 
     The order is a pure function of (schedule, seed, index), so any rank can read any sample
     at any time. Each sample also has ``domain``, the index of its domain, int64 ().
+
+    Args:
+        parallel: of streams whose large indices lie on disk: its main rank writes them.
     """
 
-    def __init__(self, schedule: MixtureSchedule, streams: Sequence[DomainStream]) -> None:
+    def __init__(
+        self,
+        schedule: MixtureSchedule,
+        streams: Sequence[DomainStream],
+        parallel: Parallel | None = None,
+    ) -> None:
         self._schedule = schedule
         self._streams = list(streams)
+        self._parallel = parallel
 
     def __getitem__(self, index: int) -> Sample:
-        place = self._schedule.locate(index)
-        sample = self._streams[place.domain][place.k]
-        sample["domain"] = torch.tensor(place.domain)
-        return sample
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[Sample]:
+        """The samples of these global indices: what a DataLoader asks for."""
+        samples = []
+        places = self._schedule.locate_many(indices)
+        for domain, k in zip(places.domains_N.tolist(), places.k_N.tolist(), strict=True):
+            sample = self._streams[domain][k]
+            sample["domain"] = torch.tensor(domain)
+            samples.append(sample)
+        return samples
+
+    def prepare(self, start: int, samples: int) -> None:
+        """Have ready, before workers start, what the `samples` samples from `start` on need.
+
+        Collective if it was made with `parallel`.
+        """
+        first_D = self._schedule.domain_counts(start)
+        end_D = self._schedule.domain_counts(start + samples)
+        needed = [
+            (stream, stream.epochs_of(first, end))
+            for stream, first, end in zip(
+                self._streams, first_D.tolist(), end_D.tolist(), strict=True
+            )
+        ]
+        if self._parallel is not None:
+            if self._parallel.is_main:
+                for stream, epochs in needed:
+                    stream.write_indices(epochs)
+            barrier(self._parallel)
+        for stream, epochs in needed:
+            stream.prepare(epochs)
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "_parallel": None}  # a worker makes no collective

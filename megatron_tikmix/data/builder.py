@@ -1,5 +1,7 @@
 """Opens the data that a configuration names: domains, tasks, and the first mixture."""
 
+from pathlib import Path
+
 from megatron_tikmix.config import RunConfig
 from megatron_tikmix.data.domain_stream import DomainStream
 from megatron_tikmix.data.domains import DomainManifest
@@ -28,7 +30,10 @@ class TrainingData:
                     f"{', '.join(self.manifest.domains)}"
                 )
         self.manifest.check_files(held_out.values(), ["validation"])
-        self.streams = [self.stream(name, config.seed, data.sequence_length) for name in self.names]
+        cache = Path(data.path_to_cache or Path(config.run_dir) / "cache")
+        self.streams = [
+            self.stream(name, config.seed, data.sequence_length, cache) for name in self.names
+        ]
         self.tasks: list[Task] = [
             build_task(
                 name, task, self.manifest, seed=config.seed, sequence_length=data.sequence_length
@@ -39,8 +44,10 @@ class TrainingData:
         self._order = (self.names, config.train.global_batch_size, config.seed)
         self.initial_schedule()  # refuses a domain named twice before anything is built
 
-    def stream(self, name: str, seed: int, sequence_length: int) -> DomainStream:
-        """A stream of the domain's train split."""
+    def stream(
+        self, name: str, seed: int, sequence_length: int, index_folder: Path | None = None
+    ) -> DomainStream:
+        """A stream of the domain's train split (see there for `index_folder`)."""
         return DomainStream(
             name,
             self.manifest.split(name, "train"),
@@ -48,6 +55,7 @@ class TrainingData:
             sequence_length=sequence_length,
             eod=self.manifest.eod,
             vocab_size=self.manifest.vocab_size,
+            index_folder=index_folder,
         )
 
     def initial_schedule(self) -> MixtureSchedule:

@@ -1,22 +1,35 @@
 """Domain sample k, as a pure function of (seed, domain, k)."""
 
+import hashlib
 import logging
+import os
+import shutil
 from collections import OrderedDict
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
+import megatron.core
 import numpy as np
 import torch
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
-from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.utils import Split
+from torch.utils.data import get_worker_info
 
-from megatron_tikmix.data.domains import DomainSplit
+from megatron_tikmix.data.domains import AGAIN, DomainSplit
+from megatron_tikmix.data.open_files import RecentlyUsed, TokenFile
 from megatron_tikmix.data.samples import Sample
 from megatron_tikmix.errors import InputError
 from megatron_tikmix.seeds import derived_seed
 
-# Each epoch's index is small and rebuilt in a millisecond: not saving it is intended.
+# Most epochs' indices are small and built in a millisecond: not saving them is intended.
 logging.getLogger("megatron.core.datasets.gpt_dataset").setLevel(logging.ERROR)
+
+SMALL_INDEX_BYTES = 2**18
+"""An index up to this size is kept in memory by each rank; larger ones lie on disk, shared."""
+
+# Each costs 3 descriptors and 3 memory maps.
+_OPEN_INDICES: RecentlyUsed[GPTDataset] = RecentlyUsed(64)
 
 
 class _EndOfDocument:
@@ -34,12 +47,14 @@ class DomainStream:
 
     Every epoch is a megatron-core ``GPTDataset`` of exactly one pass, with a seed of its own,
     so sample k never depends on how many samples will be drawn. An epoch serves each of the
-    ⌊(tokens − 1) / sequence_length⌋ samples once.
+    ⌊(tokens − 1) / sequence_length⌋ samples once. Making a stream opens nothing: of all streams
+    of a process, a bounded number of files is open at a time.
 
     Args:
         name: the domain, used in the seed and in messages.
-        split: where the tokens are.
+        split: where the tokens are, and how many.
         documents: indices of the documents to serve, int (n,); None for all.
+        index_folder: where the indices of large epochs are kept, for all ranks; None: in memory.
 
     Raises:
         InputError: the tokens do not fill one sample.
@@ -55,16 +70,19 @@ class DomainStream:
         eod: int,
         vocab_size: int,
         documents: np.ndarray | None = None,
+        index_folder: Path | None = None,
     ) -> None:
         self.name = name
         self.seed = seed
         self.sequence_length = sequence_length
         self._tokenizer = _EndOfDocument(eod, vocab_size)
-        self._tokens = IndexedDataset(str(split.prefix), multimodal=False, mmap=True)
-        if documents is None:
-            documents = np.arange(self._tokens.sequence_lengths.shape[0])
-        self._documents = documents.astype(np.int32)
-        tokens = int(self._tokens.sequence_lengths[self._documents].sum(dtype=np.int64))
+        self._split = split
+        self._tokens = TokenFile(split.prefix)
+        self._documents = None if documents is None else documents.astype(np.int32)
+        tokens, count = split.tokens, split.documents
+        if self._documents is not None:
+            count = len(self._documents)
+            tokens = int(self._tokens.sequence_lengths[self._documents].sum(dtype=np.int64))
         self.samples_per_epoch = (tokens - 1) // sequence_length
         if self.samples_per_epoch < 1:
             raise InputError(
@@ -72,18 +90,92 @@ class DomainStream:
                 f"data.sequence_length {sequence_length} + 1 tokens; shorten the sequences, add "
                 f"text, or leave the domain out"
             )
-        self._epoch = -1
-        self._samples: GPTDataset | None = None
+        # Where each sample starts (document, offset), the samples' order and the documents'.
+        small = 12 * self.samples_per_epoch + 4 * count <= SMALL_INDEX_BYTES
+        self._index_folder = None if small or documents is not None else index_folder
+        self._epochs: dict[int, GPTDataset] = {}  # in memory
+        self._shared: dict[int, Path] = {}  # on disk
 
     def __getitem__(self, k: int) -> Sample:
         epoch, index = divmod(k, self.samples_per_epoch)
-        if epoch != self._epoch:
-            self._samples, self._epoch = self._open(epoch), epoch
-        assert self._samples is not None
-        # Copies: GPTDataset hands out one mask and one position vector for all samples.
-        return {key: value.clone() for key, value in self._samples[index].items()}
+        sample: Sample = self._samples_of(epoch)[index]
+        # GPTDataset hands out one mask and one position vector for all samples.
+        for name in ("loss_mask", "position_ids"):
+            sample[name] = sample[name].clone()
+        return sample
 
-    def _open(self, epoch: int) -> GPTDataset:
+    def epochs_of(self, first_k: int, end_k: int) -> range:
+        """The epochs in which samples `first_k` to below `end_k` lie."""
+        n = self.samples_per_epoch
+        return range(first_k // n, -(-end_k // n) if end_k > first_k else first_k // n)
+
+    def write_indices(self, epochs: Iterable[int]) -> None:
+        """Put the indices of these epochs on disk where they belong there. On one rank only.
+
+        What cannot be written is not: each rank then builds its own, in memory.
+        """
+        for epoch in epochs:
+            path = self._index_path(epoch)
+            if path is None or path.is_dir():
+                continue
+            unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+            try:
+                self._build(epoch, unfinished)
+                os.rename(unfinished, path)
+            except OSError as error:
+                logging.getLogger(__name__).warning(
+                    "domain %s: the index of epoch %d is not shared, and each rank builds its "
+                    "own: %s",
+                    self.name,
+                    epoch,
+                    error,
+                )
+                shutil.rmtree(unfinished, ignore_errors=True)
+
+    def prepare(self, epochs: Iterable[int]) -> None:
+        """Have the indices of these epochs ready, and of no others; none: all stay."""
+        epochs = list(epochs)
+        if not epochs:
+            return
+        former, self._epochs, self._shared = self._epochs, {}, {}
+        for epoch in epochs:
+            path = self._index_path(epoch)
+            if path is not None and path.is_dir():
+                self._shared[epoch] = path
+            else:
+                self._epochs[epoch] = former.get(epoch) or self._build(epoch)
+
+    def _samples_of(self, epoch: int) -> GPTDataset:
+        if epoch not in self._epochs and epoch not in self._shared:
+            if get_worker_info() is not None:
+                raise RuntimeError(f"domain {self.name}: epoch {epoch} was not prepared")
+            self.prepare([epoch])
+        if epoch in self._epochs:
+            return self._epochs[epoch]
+        path = self._shared[epoch]
+        return _OPEN_INDICES.get(path, lambda: self._build(epoch, path))
+
+    def _index_path(self, epoch: int) -> Path | None:
+        """Where the index of an epoch lies; None for those that are kept in memory."""
+        if self._index_folder is None:
+            return None
+        index = self._split.idx_path.stat()
+        parts = (
+            self._split.prefix.absolute(),
+            self._split.tokens,
+            index.st_size,
+            index.st_mtime_ns,
+            self.seed,
+            self.sequence_length,
+            self._tokenizer.eod,
+            self._tokenizer.vocab_size,
+            megatron.core.__version__,
+        )
+        key = hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+        return self._index_folder / f"{self.name}-epoch{epoch}-{key}"
+
+    def _build(self, epoch: int, folder: Path | None = None) -> GPTDataset:
+        """The epoch's samples; the index comes from `folder` if it is there, or is put there."""
         config = GPTDatasetConfig(
             random_seed=derived_seed(self.seed, self.name, epoch),
             sequence_length=self.sequence_length,
@@ -92,8 +184,18 @@ class DomainStream:
             reset_attention_mask=False,
             eod_mask_loss=False,
             create_attention_mask=False,
+            path_to_cache=None if folder is None else str(folder),
         )
-        return GPTDataset(self._tokens, None, self._documents, None, Split.train, config)
+        documents = self._documents
+        if documents is None:
+            documents = np.arange(len(self._tokens.sequence_lengths), dtype=np.int32)
+        samples = GPTDataset(self._tokens, None, documents, None, Split.train, config)
+        if len(samples) != self.samples_per_epoch:
+            raise InputError(
+                f"domain {self.name}: {self._split.idx_path} does not hold the "
+                f"{self._split.tokens} tokens that its manifest says; {AGAIN}"
+            )
+        return samples
 
     def padding(self) -> Sample:
         """A sample that counts for nothing: its loss is masked throughout."""

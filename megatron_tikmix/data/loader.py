@@ -3,30 +3,46 @@
 from collections.abc import Iterator
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Sampler
 
+from megatron_tikmix.data.blended_dataset import BlendedDataset
 from megatron_tikmix.data.samples import Sample
 
 
-def micro_batch_indices(
-    start: int, samples: int, *, micro_batch_size: int, rank: int, size: int
-) -> Iterator[list[int]]:
-    """The global sample indices of each micro-batch of data-parallel rank `rank` of `size`.
+class MicroBatchSampler(Sampler[list[int]]):
+    """The global sample indices of each micro-batch of one data-parallel rank.
 
-    As in Megatron's own sampler: consecutive groups of micro_batch_size × size samples, of
-    which each rank takes a consecutive part. `samples` from `start` on are covered once.
+    As in Megatron's own sampler: consecutive groups of micro_batch_size × size samples, of which
+    each rank takes a consecutive part; `samples` from `start` on are covered once. Every global
+    batch is a whole number of such groups, whatever its size, so a batch-size ramp-up changes
+    nothing here. No list of indices is ever made.
     """
-    for group in range(start, start + samples, micro_batch_size * size):
-        first = group + rank * micro_batch_size
-        yield list(range(first, first + micro_batch_size))
+
+    def __init__(
+        self, start: int, samples: int, *, micro_batch_size: int, rank: int, size: int
+    ) -> None:
+        self._micro_batch_size = micro_batch_size
+        first = start + rank * micro_batch_size
+        self._firsts = range(first, start + samples, micro_batch_size * size)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for first in self._firsts:
+            yield list(range(first, first + self._micro_batch_size))
+
+    def __len__(self) -> int:
+        return len(self._firsts)
 
 
 class DataParallelLoader:
-    """Makes one iterator of micro-batches per interval, so nothing old is ever served."""
+    """Makes one iterator of micro-batches per interval, so nothing old is ever served.
+
+    Its workers start with the iterator, know the schedule as it is then, and end with it: none
+    is alive while a boundary decides.
+    """
 
     def __init__(
         self,
-        dataset: Dataset[Sample],
+        dataset: BlendedDataset,
         *,
         micro_batch_size: int,
         data_parallel_rank: int,
@@ -40,18 +56,21 @@ class DataParallelLoader:
         self._num_workers = num_workers
 
     def interval(self, consumed_samples: int, samples: int) -> Iterator[Sample]:
-        """This rank's micro-batches of the `samples` samples after `consumed_samples`."""
-        indices = micro_batch_indices(
-            consumed_samples,
-            samples,
-            micro_batch_size=self._micro_batch_size,
-            rank=self._rank,
-            size=self._size,
-        )
+        """This rank's micro-batches of the `samples` samples after `consumed_samples`.
+
+        Collective, if preparing the dataset is.
+        """
+        self._dataset.prepare(consumed_samples, samples)
         return iter(
             DataLoader(
                 self._dataset,
-                batch_sampler=list(indices),
+                batch_sampler=MicroBatchSampler(
+                    consumed_samples,
+                    samples,
+                    micro_batch_size=self._micro_batch_size,
+                    rank=self._rank,
+                    size=self._size,
+                ),
                 num_workers=self._num_workers,
                 pin_memory=torch.cuda.is_available(),
                 # A generator of its own: making an iterator must not draw from training's RNG.

@@ -1,5 +1,6 @@
 """Mixtures of training domains: deciding them, and drawing samples by them. No torch."""
 
+from megatron_tikmix.mixing.batch_sizes import BatchSizes
 from megatron_tikmix.mixing.blending import StageBlend
 from megatron_tikmix.mixing.candidates import propose_candidates
 from megatron_tikmix.mixing.certificate import Certificate
@@ -8,7 +9,12 @@ from megatron_tikmix.mixing.influence_matrix import InfluenceMatrix
 from megatron_tikmix.mixing.mixture import WEIGHT_TOTAL, Mixture
 from megatron_tikmix.mixing.objective import Objective
 from megatron_tikmix.mixing.policies import propose_mixture
-from megatron_tikmix.mixing.schedule import MixtureSchedule, SampleLocation, Stage
+from megatron_tikmix.mixing.schedule import (
+    MixtureSchedule,
+    SampleLocation,
+    SampleLocations,
+    Stage,
+)
 from megatron_tikmix.mixing.solution import MixtureSolution
 from megatron_tikmix.mixing.surrogate import MixtureSurrogate, SurrogateSkill
 from megatron_tikmix.mixing.tikmix_d import solve_tikmix_d
@@ -16,6 +22,7 @@ from megatron_tikmix.mixing.tikmix_m import solve_tikmix_m
 
 __all__ = [
     "WEIGHT_TOTAL",
+    "BatchSizes",
     "Certificate",
     "DomainGroup",
     "InfluenceMatrix",
@@ -26,6 +33,7 @@ __all__ = [
     "MixtureSurrogate",
     "Objective",
     "SampleLocation",
+    "SampleLocations",
     "Stage",
     "StageBlend",
     "SurrogateSkill",

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import ArrayLike, NDArray
 
 from megatron_tikmix.errors import InputError
+from megatron_tikmix.mixing.batch_sizes import BatchSizes
 from megatron_tikmix.mixing.blending import Counts, StageBlend
 from megatron_tikmix.mixing.mixture import Mixture
 
@@ -47,6 +49,14 @@ class SampleLocation(NamedTuple):
     """The domain's own sample number, counted over the whole run."""
 
 
+class SampleLocations(NamedTuple):
+    """What global sample indices stand for; int64 (N,) each, as in :class:`SampleLocation`."""
+
+    stages_N: NDArray[np.int64]
+    domains_N: NDArray[np.int64]
+    k_N: NDArray[np.int64]
+
+
 class MixtureSchedule:
     """Stages of mixtures, only ever appended.
 
@@ -57,18 +67,21 @@ class MixtureSchedule:
 
     Args:
         domains: names; their order is that of domain indices and of all (D,) arrays.
-        block_size: samples of a block of the blending; stages are whole numbers of blocks.
+        block_size: samples of a block of the blending, one number or those of each global batch;
+            stages are whole numbers of blocks.
         seed: of the order within blocks, 0 to 2⁶⁴ − 1.
 
     Raises:
         InputError: domains that are none or repeat.
     """
 
-    def __init__(self, domains: Sequence[str], block_size: int, seed: int) -> None:
+    def __init__(self, domains: Sequence[str], block_size: int | BatchSizes, seed: int) -> None:
         if not domains or len(set(domains)) < len(domains):
             raise InputError(f"schedule: domains must be names, each once; got {list(domains)}")
         self.domains = tuple(domains)
-        self.block_size = block_size
+        if not isinstance(block_size, BatchSizes):
+            block_size = BatchSizes.constant(block_size)
+        self.blocks = block_size
         self.seed = seed
         self._stages: list[Stage] = []
         self._starts: list[int] = []
@@ -92,9 +105,12 @@ class MixtureSchedule:
         mixture.array(self.domains)  # refuses other domains
         integers = mixture.integer_weights()
         weights_D = np.array([integers[name] for name in self.domains], dtype=np.int64)
+        return self._append(start_sample, weights_D, self.domain_counts(start_sample))
+
+    def _append(self, start_sample: int, weights_D: Counts, start_counts_D: Counts) -> Stage:
         index = len(self._stages)
-        blend = StageBlend(weights_D, self.block_size, self.seed, index)
-        stage = Stage(index, start_sample, weights_D, self.domain_counts(start_sample))
+        blend = StageBlend(weights_D, self.blocks.after(start_sample), self.seed, index)
+        stage = Stage(index, start_sample, weights_D, start_counts_D)
         self._stages.append(stage)
         self._starts.append(start_sample)
         self._blends.append(blend)
@@ -107,11 +123,10 @@ class MixtureSchedule:
                     f"schedule: the first stage must start at sample 0, not {start_sample}"
                 )
             return
-        samples = start_sample - self._starts[-1]
-        if samples <= 0 or samples % self.block_size:
+        if start_sample <= self._starts[-1] or not self.blocks.is_end(start_sample):
             raise InputError(
                 f"schedule: stage {len(self._starts)} starts at sample {start_sample}; it must "
-                f"start a whole number of blocks of {self.block_size} samples after "
+                f"start a whole number of blocks of {self.blocks.size} samples after "
                 f"{self._starts[-1]}"
             )
 
@@ -124,6 +139,26 @@ class MixtureSchedule:
         stage = self._stage_of(index)
         domain, k = self._blends[stage.index].locate(index - stage.start_sample)
         return SampleLocation(stage.index, domain, int(stage.start_counts_D[domain]) + k)
+
+    def locate_many(self, indices: ArrayLike) -> SampleLocations:
+        """:meth:`locate` of many global sample indices, in any order; int64 (N,) each.
+
+        Consecutive ones are cheap: each block is made once.
+
+        Raises:
+            IndexError: an index is negative, or the schedule has no stage.
+        """
+        index_N = np.asarray(indices, dtype=np.int64)
+        if len(index_N):
+            self._stage_of(int(index_N.min()))
+        stages_N = np.searchsorted(self._starts, index_N, side="right") - 1
+        found = SampleLocations(stages_N, np.empty_like(index_N), np.empty_like(index_N))
+        for number in np.unique(stages_N).tolist():
+            stage, of_stage = self._stages[number], stages_N == number
+            block = self._blends[number].locate_many(index_N[of_stage] - stage.start_sample)
+            found.domains_N[of_stage] = block.domains_N
+            found.k_N[of_stage] = stage.start_counts_D[block.domains_N] + block.k_N
+        return found
 
     def domain_counts(self, n_samples: int) -> Counts:
         """Samples of each domain among the first `n_samples` of the run, int64 (D,)."""
@@ -152,9 +187,11 @@ class MixtureSchedule:
 
     def to_json(self) -> dict[str, Any]:
         """The whole schedule as plain values; arrays in the order of `domains`."""
+        ramp_up = {} if self.blocks.is_constant else {"block_sizes": self.blocks.to_json()}
         return {
             "domains": list(self.domains),
-            "block_size": self.block_size,
+            "block_size": self.blocks.size,
+            **ramp_up,
             "seed": self.seed,
             "stages": [
                 {
@@ -167,20 +204,47 @@ class MixtureSchedule:
         }
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> "MixtureSchedule":
-        """Undo :meth:`to_json`, computing every stage's start counts again.
+    def from_json(
+        cls,
+        data: Mapping[str, Any],
+        consumed_samples: int = 0,
+        domain_samples: Sequence[int] | None = None,
+    ) -> "MixtureSchedule":
+        """Undo :meth:`to_json`. No block is made again, however long the schedule.
+
+        Args:
+            domain_samples: :meth:`domain_counts` of `consumed_samples`, the end of a block in the
+                last stage. Given, the schedule goes on from there at no cost.
 
         Raises:
-            InputError: the counts found differ from those stored: they were made by other
-                weights, another seed or another blending, and samples would be lost or repeated.
+            InputError: stored counts cannot be those of the stages: they were made by other
+                weights, and samples would be lost or repeated.
         """
-        schedule = cls(data["domains"], data["block_size"], data["seed"])
+        sizes = data.get("block_sizes", data["block_size"])
+        blocks = sizes if isinstance(sizes, int) else BatchSizes(sizes)
+        schedule = cls(data["domains"], blocks, data["seed"])
         for row in data["stages"]:
-            weights = dict(zip(schedule.domains, row["integer_weights"], strict=True))
-            stage = schedule.append(row["start_sample"], weights)
-            if stage.start_counts_D.tolist() != row["start_counts"]:
+            start, counts_D = row["start_sample"], np.array(row["start_counts"], dtype=np.int64)
+            schedule._check_start(start)
+            whole = len(row["integer_weights"]) == len(schedule.domains)
+            if not whole or not schedule._follows(start, counts_D):
                 raise InputError(
-                    f"schedule: the domain counts stored for stage {stage.index} are not those its "
-                    "stages lead to; restore the file, or start the run afresh"
+                    f"schedule: the domain counts stored for stage {len(schedule._stages)} are not "
+                    "those its stages lead to; restore the file, or start the run afresh"
                 )
+            weights_D = np.array(row["integer_weights"], dtype=np.int64)
+            schedule._append(start, weights_D, counts_D)
+        if domain_samples is not None and schedule._stages:
+            stage = schedule._stages[-1]
+            counts_D = np.array(domain_samples, dtype=np.int64) - stage.start_counts_D
+            schedule._blends[-1].resume(consumed_samples - stage.start_sample, counts_D)
         return schedule
+
+    def _follows(self, start_sample: int, counts_D: Counts) -> bool:
+        """Whether a new stage may have these start counts, given the stage before."""
+        if not self._stages:
+            return counts_D.shape == (len(self.domains),) and not counts_D.any()
+        last = self._stages[-1]
+        return counts_D.shape == last.start_counts_D.shape and self._blends[-1].check_counts(
+            start_sample - last.start_sample, counts_D - last.start_counts_D
+        )

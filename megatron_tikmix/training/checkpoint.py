@@ -91,6 +91,7 @@ class Checkpointer:
                 "layout": self._layout(),
                 "fingerprint": self._fingerprint,
                 "schedule": state.schedule.to_json(),
+                "domain_samples": state.schedule.domain_counts(state.consumed_samples).tolist(),
                 "ledger": state.ledger,
             }
             _write(path / _STATE, json.dumps(record))
@@ -138,7 +139,9 @@ class Checkpointer:
         state.iteration = record["iteration"]
         state.consumed_samples = record["consumed_samples"]
         state.skipped_iterations = record["skipped_iterations"]
-        state.schedule = MixtureSchedule.from_json(record["schedule"])
+        state.schedule = MixtureSchedule.from_json(
+            record["schedule"], record["consumed_samples"], record.get("domain_samples")
+        )
         state.ledger = record["ledger"]
         check_same_on_all_ranks(state.schedule.digest(), "the mixture schedule", self._parallel)
         return True

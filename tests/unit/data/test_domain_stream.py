@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from megatron_tikmix.config import TaskConfig
 from megatron_tikmix.data.domain_stream import DomainStream
 from megatron_tikmix.data.domains import DomainManifest
-from megatron_tikmix.data.loader import micro_batch_indices
+from megatron_tikmix.data.loader import MicroBatchSampler
 from megatron_tikmix.data.tasks import build_task, micro_batches
 from megatron_tikmix.errors import InputError
 
@@ -92,7 +92,7 @@ def test_ranks_share_the_samples_out_once_each(
     served = [
         index
         for rank in range(size)
-        for batch in micro_batch_indices(
+        for batch in MicroBatchSampler(
             start, samples, micro_batch_size=micro_batch_size, rank=rank, size=size
         )
         for index in batch

@@ -7,7 +7,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from megatron_tikmix.errors import InputError
-from megatron_tikmix.mixing import WEIGHT_TOTAL, Mixture, StageBlend
+from megatron_tikmix.mixing import WEIGHT_TOTAL, BatchSizes, Mixture, StageBlend
 
 some = settings(deadline=None, max_examples=60)
 
@@ -49,6 +49,44 @@ def test_every_block_prefix_is_within_one_sample_of_the_mixture(blend):
         for count, weight in zip(counts_D.tolist(), weights_D.tolist(), strict=True):
             assert abs(count * WEIGHT_TOTAL - n_samples * weight) < WEIGHT_TOTAL
         before_D = counts_D
+
+
+def earliest_deadline_first(weights_D, ends):
+    """Counts after each block, by the rule as it is stated, in integers without a limit."""
+    counts = [0] * len(weights_D)
+    for block, n in enumerate(ends):
+        counts = [max(c, n * w // WEIGHT_TOTAL) for c, w in zip(counts, weights_D, strict=True)]
+        waiting = []
+        for d, (c, w) in enumerate(zip(counts, weights_D, strict=True)):
+            if c * WEIGHT_TOTAL < n * w:
+                needed = [
+                    b for b in range(block, len(ends)) if ends[b] * w >= (c + 1) * WEIGHT_TOTAL
+                ]
+                deadline = needed[0] if needed else len(ends) + -(-(c + 1) * WEIGHT_TOTAL // w)
+                waiting.append((deadline, c * WEIGHT_TOTAL - n * w, d))
+        for _, _, d in sorted(waiting)[: n - sum(counts)]:
+            counts[d] += 1
+        yield counts
+
+
+@given(
+    blends(),
+    st.none()
+    | st.builds(BatchSizes.ramp_up, st.just(3), st.just(2), st.integers(1, 99), st.just(9)),
+)
+@settings(deadline=None, max_examples=40)
+def test_passing_over_many_blocks_is_serving_the_earliest_deadlines_in_each(blend, sizes):
+    weights_D, block_size, seed = blend
+    sizes = sizes or BatchSizes.constant(block_size)
+    ends = [int(sizes.samples_before(b)) for b in range(1, 400)]
+    expected = list(earliest_deadline_first(weights_D.tolist(), ends))[:120]
+    for blocks in (120, 33, 7):
+        assert (
+            StageBlend(weights_D, sizes, seed).counts(ends[blocks - 1]).tolist()
+            == (expected[blocks - 1])
+        )
+    through = StageBlend(weights_D, sizes, seed)
+    assert [through.counts(n).tolist() for n in ends[:120]] == expected
 
 
 @given(blends())

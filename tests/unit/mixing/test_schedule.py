@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_tikmix.errors import InputError
-from megatron_tikmix.mixing import Mixture, MixtureSchedule
+from megatron_tikmix.mixing import BatchSizes, Mixture, MixtureSchedule, StageBlend
 
 some = settings(deadline=None, max_examples=60)
 
@@ -18,14 +18,18 @@ def schedules(draw):
     """A schedule of several stages, some of them with domains left out for a while."""
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     domains = [f"domain{d}" for d in range(draw(st.integers(1, 9)))]
-    block_size = draw(st.sampled_from([1, 2, 5, 16]))
+    block_size = draw(
+        st.sampled_from([1, 2, 5, 16])
+        | st.builds(BatchSizes.ramp_up, st.just(2), st.just(3), st.integers(1, 60), st.just(8))
+    )
     schedule = MixtureSchedule(domains, block_size, seed=draw(st.integers(0, 99)))
-    start = 0
+    done = start = 0
     for blocks in draw(st.lists(st.integers(1, 12), min_size=1, max_size=6)):
         weights_D = rng.dirichlet(np.full(len(domains), 0.5)) * (rng.random(len(domains)) < 0.8)
         weights_D[rng.integers(len(domains))] += 0.1
         schedule.append(start, Mixture(dict(zip(domains, weights_D.tolist(), strict=True))))
-        start += blocks * block_size
+        done += blocks
+        start = int(schedule.blocks.samples_before(done))
     return schedule, start
 
 
@@ -34,12 +38,14 @@ def schedules(draw):
 def test_every_domain_is_consumed_in_order_exactly_once_over_all_stages(case):
     schedule, end = case
     consumed = Counter()
-    for index in range(end + schedule.block_size):
+    places = schedule.locate_many(np.arange(end + schedule.blocks.size))
+    for index in range(end + schedule.blocks.size):
         assert schedule.domain_counts(index).tolist() == [
             consumed[d] for d in range(len(schedule.domains))
         ]
         place = schedule.locate(index)
         assert place.k == consumed[place.domain]
+        assert place == tuple(column[index] for column in places)
         consumed[place.domain] += 1
         stage = schedule.stages[place.stage]
         assert stage.start_sample <= index
@@ -67,14 +73,22 @@ def test_stages_follow_their_mixture_to_within_a_sample(case):
 def test_resuming_anywhere_goes_on_where_the_run_was(case, random):
     schedule, end = case
     expected = [schedule.locate(index) for index in range(end)]
+    stored = json.loads(json.dumps(schedule.to_json()))
+    last = int(schedule.blocks.batch_of(schedule.stages[-1].start_sample))
+    at = int(schedule.blocks.samples_before(last + random.randrange(9)))
     copies = (
-        MixtureSchedule.from_json(json.loads(json.dumps(schedule.to_json()))),
+        MixtureSchedule.from_json(stored),
+        MixtureSchedule.from_json(stored, at, schedule.domain_counts(at).tolist()),
         pickle.loads(pickle.dumps(schedule)),
     )
     for copy in copies:
         assert copy.digest() == schedule.digest()
         for index in random.sample(range(end), min(end, 25)):
             assert copy.locate(index) == expected[index]
+        shuffled = random.sample(range(end), end)
+        places = zip(*(column.tolist() for column in copy.locate_many(shuffled)), strict=True)
+        assert list(places) == [expected[index] for index in shuffled]
+        assert copy.domain_counts(at + 40).tolist() == schedule.domain_counts(at + 40).tolist()
 
 
 @given(schedules(), st.integers(1, 5))
@@ -84,7 +98,8 @@ def test_a_new_stage_changes_nothing_before_it(case, blocks):
     # Served already, beyond the start of the stage to come: still nothing before it changes.
     expected = [schedule.locate(index) for index in range(end)]
     digest = schedule.digest()
-    start = schedule.stages[-1].start_sample + blocks * schedule.block_size
+    last = schedule.blocks.batch_of(schedule.stages[-1].start_sample)
+    start = int(schedule.blocks.samples_before(last + blocks))
     counts_D = schedule.domain_counts(start)
     stage = schedule.append(start, Mixture.uniform(schedule.domains))
     assert stage.start_counts_D.tolist() == counts_D.tolist()
@@ -150,6 +165,26 @@ def test_counts_that_do_not_follow_from_the_stages_are_refused():
     stored["stages"][1]["start_counts"] = [11, 5]
     with pytest.raises(InputError, match="stage 1"):
         MixtureSchedule.from_json(stored)
+
+
+def test_loading_a_long_run_makes_no_block_again(monkeypatch):
+    schedule = MixtureSchedule(["a", "b", "c"], block_size=8, seed=0)
+    schedule.append(0, Mixture({"a": 3, "b": 1, "c": 1e-4}))
+    schedule.append(80_000, Mixture({"a": 1, "b": 3, "c": 1e-4}))
+    stored, at = schedule.to_json(), 160_000
+    expected, here = schedule.locate(at), schedule.domain_counts(at).tolist()
+    steps = []
+    for name in ("_one_more_block", "_pass_over"):
+        step = getattr(StageBlend, name)
+        monkeypatch.setattr(
+            StageBlend, name, lambda *args, step=step: steps.append(1) or step(*args)
+        )
+    copy = MixtureSchedule.from_json(stored, at, here)
+    assert copy.domain_counts(at).tolist() == here
+    assert copy.locate(at) == expected
+    assert len(steps) == 1
+    with pytest.raises(InputError, match="do not follow its mixture"):
+        MixtureSchedule.from_json(stored, at, [n + 9 for n in here])
 
 
 def test_stages_cannot_be_changed():
