@@ -146,6 +146,9 @@ class TaskConfig:
     weight: float = 1.0
     """What this task counts for in the decision, relative to the others."""
 
+    decides: bool = True
+    """False: the task is measured and reported, and no mixture is decided on it."""
+
     def check(self, name: str) -> None:
         """Refuse a task that is given by more or less than one of its three fields."""
         kinds = [kind for kind in ("domain", "prefix", "prompts") if getattr(self, kind)]
@@ -238,6 +241,10 @@ class RemixConfig:
 
     interval_samples: int | None = None
     """Samples of one interval, a whole number of global batches. None: no boundary at all."""
+
+    first_interval_samples: int | None = None
+    """Samples of the first interval, on the initial mixture, where it is to be shorter or longer
+    than the others: what is trained on a bad mixture is lost. None: interval_samples."""
 
     start: int | float = 0
     """No reset before this iteration, or before this share of training (a number with a point, up
@@ -529,6 +536,11 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         require(bool(self.tasks), "tasks", "must name at least one validation task")
+        require(
+            bool(self.deciding_tasks) or self.remix.policy == "static",
+            "tasks",
+            "must have at least one that decides; all have `decides: false`",
+        )
         for name in self.tasks:
             require(
                 re.fullmatch(r"[A-Za-z0-9_.-]+", name) is not None,
@@ -569,6 +581,27 @@ class RunConfig:
         """Iterations of one interval; None without boundaries."""
         samples = self.remix.interval_samples
         return None if samples is None else samples // self.train.global_batch_size
+
+    @property
+    def first_interval_iters(self) -> int | None:
+        """Iterations of the first interval; None without boundaries."""
+        first = self.remix.first_interval_samples
+        if first is None or self.interval_iters is None:
+            return self.interval_iters
+        return first // self.train.global_batch_size
+
+    @property
+    def boundaries(self) -> range:
+        """The iterations after which the mixture can be reset; none at the end of training."""
+        first, length = self.first_interval_iters, self.interval_iters
+        if first is None or length is None:
+            return range(0)
+        return range(first, self.train.train_iters, length)
+
+    @property
+    def deciding_tasks(self) -> dict[str, TaskConfig]:
+        """The tasks that the mixture is decided on."""
+        return {name: task for name, task in self.tasks.items() if task.decides}
 
     def outside_phase(self, iteration: int) -> str:
         """Why there is no reset at this iteration, in words; empty if there is one."""
@@ -730,22 +763,33 @@ class RunConfig:
             "remix.constraints.epoch_caps",
             "follows from remix.constraints.max_epochs; set that",
         )
-        samples, batch = self.remix.interval_samples, self.train.global_batch_size
-        if samples is None:
-            return
-        below = max(samples // batch * batch, 0)
+        remix, batch = self.remix, self.train.global_batch_size
         require(
-            samples > 0 and samples % batch == 0,
-            "remix.interval_samples",
-            f"({samples}) must be a whole number of global batches of {batch} samples; the "
-            f"nearest are {below or batch} and {(below or batch) + batch}",
+            remix.first_interval_samples is None or remix.interval_samples is not None,
+            "remix.first_interval_samples",
+            "goes with remix.interval_samples",
         )
+        if remix.interval_samples is None:
+            return
+        first = (
+            "interval_samples" if remix.first_interval_samples is None else "first_interval_samples"
+        )
+        for name in {"interval_samples", first}:
+            samples = getattr(remix, name)
+            below = max(samples // batch * batch, 0)
+            require(
+                samples > 0 and samples % batch == 0,
+                f"remix.{name}",
+                f"({samples}) must be a whole number of global batches of {batch} samples; the "
+                f"nearest are {below or batch} and {(below or batch) + batch}",
+            )
+        samples = getattr(remix, first)
         settled = math.ceil(3 / (1 - self.optimizer.adam_beta2))
         require(
-            self.remix.policy == "static"
+            remix.policy == "static"
             or self.probe.curvature != "adam"
             or samples // batch >= settled,
-            "remix.interval_samples",
+            f"remix.{first}",
             f"({samples}) puts the first boundary at iteration {samples // batch}, before Adam's "
             f"second moment has settled (3 / (1 − adam_beta2) = {settled} iterations); use at "
             f"least {settled * batch}, a smaller optimizer.adam_beta2, or probe.curvature identity",

@@ -234,7 +234,7 @@ def _build_remixer(
     probe_data = ProbeData(
         probe_stream,
         data.names,
-        data.tasks,
+        data.deciding_tasks,
         sub_batch_samples=probe.sub_batch_samples,
         task_samples=probe.task_samples,
         micro_batch_size=config.train.micro_batch_size,
@@ -247,7 +247,7 @@ def _build_remixer(
         rollout_data = RolloutData(
             rollout_stream,
             data.names,
-            [task.name for task in data.tasks],
+            [task.name for task in data.deciding_tasks],
             probe_data.of_task,
             global_batch_size=config.train.global_batch_size,
             micro_batch_size=config.train.micro_batch_size,
@@ -274,6 +274,6 @@ def build_decider(config: RunConfig, data: TrainingData) -> Decider:
     return Decider(
         config.remix,
         seed=config.probe.seed,
-        task_weights={name: task.weight for name, task in config.tasks.items()},
+        task_weights={name: task.weight for name, task in config.deciding_tasks.items()},
         samples_per_epoch={stream.name: stream.samples_per_epoch for stream in data.streams},
     )

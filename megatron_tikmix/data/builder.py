@@ -40,6 +40,7 @@ class TrainingData:
             )
             for name, task in config.tasks.items()
         ]
+        self.deciding_tasks = [t for t in self.tasks if config.tasks[t.name].decides]
         self._initial_mixture = self._read_initial_mixture(config)
         self._order = (self.names, config.train.global_batch_size, config.seed)
         self.initial_schedule()  # refuses a domain named twice before anything is built

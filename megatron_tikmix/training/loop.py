@@ -50,17 +50,14 @@ class Run:
 
     def interval_end(self) -> int:
         """The iteration at which the interval being trained ends."""
-        length = self.config.interval_iters or self.config.train.train_iters
-        return min((self.state.iteration // length + 1) * length, self.config.train.train_iters)
+        ahead = [at for at in self.config.boundaries if at > self.state.iteration]
+        return min(ahead, default=self.config.train.train_iters)
 
     def at_boundary(self) -> bool:
         """Whether an interval has just ended, and the next one has no stage yet."""
-        length, stage = self.config.interval_iters, self.state.schedule.stages[-1]
-        return (
-            length is not None
-            and self.state.iteration % length == 0
-            and self.state.consumed_samples > stage.start_sample
-        )
+        stage = self.state.schedule.stages[-1]
+        just_ended = self.state.iteration in self.config.boundaries
+        return just_ended and self.state.consumed_samples > stage.start_sample
 
 
 def train(run: Run) -> None:

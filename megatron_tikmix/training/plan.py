@@ -80,13 +80,15 @@ _HOW = {
 
 
 def _mixture(config: RunConfig) -> str:
-    length, iters = config.interval_iters, config.train.train_iters
-    if length is None or length >= iters:
+    boundaries = config.boundaries
+    if not boundaries:
         return "the initial one throughout: no interval boundary before the end"
-    boundaries = range(length, iters, length)
     text = (
-        f"{_HOW[config.remix.policy]} at {len(boundaries)} boundaries, every {length:,} iterations"
+        f"{_HOW[config.remix.policy]} at {len(boundaries)} boundaries, every "
+        f"{config.interval_iters:,} iterations"
     )
+    if config.first_interval_iters != config.interval_iters:
+        text += f" from iteration {config.first_interval_iters:,} on"
     if config.remix.policy != "static":
         kept = [at for at in boundaries if config.outside_phase(at)]
         if kept:

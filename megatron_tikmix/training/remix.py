@@ -130,7 +130,9 @@ class Remixer:
                 # Of a domain or task that was not measured nothing was predicted.
                 decision.influence
                 and completed(decision.influence, self.probe.domains, self.probe.tasks),
-                task_weights={name: task.weight for name, task in self._config.tasks.items()},
+                task_weights={
+                    name: task.weight for name, task in self._config.deciding_tasks.items()
+                },
                 seed=derived_seed(self._config.probe.seed, "audit", at.stage),
                 iters=config.iters,
                 repetitions=config.repetitions,

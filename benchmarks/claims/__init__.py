@@ -1,0 +1,1 @@
+"""What TiKMiX is worth beside what people use; `python benchmarks/claims --help`."""
