@@ -268,15 +268,22 @@ class RemixConfig:
     gamma: float = 1.0
     """Weight of the mixture's diversity."""
 
-    diversity_reference: Literal["uniform", "proportional", "prior"] = "uniform"
-    """What diversity is measured from: `uniform` (entropy, as the paper has it), `proportional` to
-    training tokens, or `prior`, the mixture in force; the last two as KL divergence."""
-
     preset: Literal["paper"] | None = None
-    """`paper`: the raw sum over tasks, as published."""
+    """`paper`: as published: the raw sum over tasks, and gain, diversity_reference and smoothing
+    at the values given there."""
 
-    smoothing: float = 0.0
-    """Weight of former boundaries in an exponential average of influence, 0 (none) to below 1."""
+    gain: Literal["linear", "log"] | None = None
+    """`linear` in a mixture's influence on a task, or its `log`arithm, since gains saturate: what a
+    task gets much of already is worth less to it. None: log; linear with preset paper."""
+
+    diversity_reference: Literal["uniform", "proportional", "prior"] | None = None
+    """What diversity is measured from: `uniform` (entropy), `proportional` to training tokens, or
+    `prior`, the mixture in force; the last two as KL divergence. None: prior, so that answers
+    accumulate over boundaries and noise averages out; uniform with preset paper."""
+
+    smoothing: float | None = None
+    """Weight of former boundaries in an exponential average of influence, 0 (none) to below 1.
+    None: 0.5; 0 with preset paper."""
 
     constraints: ConstraintsConfig = field(default_factory=ConstraintsConfig)
 
@@ -298,6 +305,16 @@ class RemixConfig:
                 f"remix.{name}",
                 "must be finite, and not negative",
             )
+        paper = self.preset == "paper"
+        if self.gain is None:
+            self.gain = "linear" if paper else "log"
+        if self.diversity_reference is None:
+            self.diversity_reference = "uniform" if paper else "prior"
+        if self.smoothing is None:
+            self.smoothing = 0.0 if paper else 0.5
+        require(
+            not paper or self.gain == "linear", "remix.gain", "is linear with remix.preset paper"
+        )
         require(0 <= self.smoothing < 1, "remix.smoothing", "must be from 0 to below 1")
         require(self.candidates >= 16, "remix.candidates", "must be at least 16")
         for name in ("start", "stop"):
@@ -844,6 +861,9 @@ _DERIVED = (
     "model.ffn_hidden_size",
     "model.num_query_groups",
     "model.kv_channels",
+    "remix.gain",
+    "remix.diversity_reference",
+    "remix.smoothing",
     "optimizer.bf16",
     "optimizer.params_dtype",
     "optimizer.use_distributed_optimizer",

@@ -1,5 +1,6 @@
 """Every policy that is compared: what it trains, and what its decision cost before the run."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -124,6 +125,8 @@ def ablations(runner: Runner) -> dict[str, list[Policy]]:
     """What is changed in the default of TiKMiX-D, one thing at a time, by table."""
     remix, probe = runner.profile.run["remix"], runner.profile.run["probe"]
     interval = int(remix["interval_samples"])
+    optimizer, train = runner.profile.run["optimizer"], runner.profile.run["train"]
+    settled = math.ceil(3 / (1 - optimizer["adam_beta2"])) * train["global_batch_size"]
 
     def changed(name: str, **settings: Any) -> Policy:
         fields = {key.replace("__", "."): value for key, value in settings.items()}
@@ -131,7 +134,13 @@ def ablations(runner: Runner) -> dict[str, list[Policy]]:
 
     return {
         "curvature": [
-            changed("identity", probe__curvature="identity"),
+            # Adam's second moment has to settle first.
+            changed(
+                "adam, first boundary later",
+                probe__curvature="adam",
+                remix__first_interval_samples=settled,
+            ),
+            changed("identity, first boundary later", remix__first_interval_samples=settled),
             changed("squared gradients", probe__curvature="squared_gradients"),
         ],
         "probe tokens": [
@@ -141,8 +150,10 @@ def ablations(runner: Runner) -> dict[str, list[Policy]]:
         "interval": [
             changed("twice as long", remix__interval_samples=2 * interval),
             changed("half as long", remix__interval_samples=interval // 2),
+            changed("the first as long as the others", remix__first_interval_samples=interval),
         ],
         "weights of the objective": [
+            changed("linear gain", remix__gain="linear"),
             changed("α = 0", remix__alpha=0.0),
             changed("α = 4", remix__alpha=4.0),
             changed("β = 2", remix__beta=2.0),
@@ -151,6 +162,11 @@ def ablations(runner: Runner) -> dict[str, list[Policy]]:
         ],
         "diversity": [
             changed("entropy", remix__diversity_reference="uniform"),
+            changed(
+                "linear gain and entropy",
+                remix__gain="linear",
+                remix__diversity_reference="uniform",
+            ),
             changed("KL to token proportions", remix__diversity_reference="proportional"),
         ],
         "limit to the change": [

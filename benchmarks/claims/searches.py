@@ -1,4 +1,4 @@
-"""Policies that train small or whole runs to choose a static mixture: best static, RegMix, DoReMi."""
+"""Policies that train runs to choose a static mixture: the best static one, RegMix, DoReMi."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,8 @@
 """How far a mixture can be from the optimum: a lower bound of L by Lagrange duality.
 
 With multipliers for every constraint but the bounds and Σ w = 1, and with std(P̂) replaced by
-zᵀP̂, z in its dual ball (Σ z = 0, Σ z²/u ≤ 1), the Lagrangian is a sum of convex functions of one
+zᵀP̂, z in its dual ball (Σ z = 0, Σ z²/u ≤ 1), and a logarithmic gain by its tangent at the mixture
+in question, which lies above it, the Lagrangian is a sum of convex functions of one
 weight each. Its minimum over {Σ w = 1, lower ≤ w ≤ upper} is found exactly, by a search for one
 number, and lies below L(w) for every feasible w, *whatever* the multipliers: they come from a
 solver, and nothing here has to believe it. At the optimum's multipliers the bound is tight.
@@ -66,14 +67,16 @@ def certify(
     objective: Objective, region: Region, weights_D: Array, multipliers: Multipliers
 ) -> Certificate:
     """The certificate of `weights_D`, (D,)."""
-    bound = lower_bound(objective, region, multipliers)
+    bound = lower_bound(objective, region, multipliers, weights_D)
     violation, _ = region.violation(weights_D)
     return Certificate(bound, objective.value(weights_D) - bound, violation)
 
 
-def lower_bound(objective: Objective, region: Region, multipliers: Multipliers) -> float:
-    """A value that L is not below anywhere in the region."""
-    linear_D, constant, change = _lagrangian(objective, region, multipliers)
+def lower_bound(
+    objective: Objective, region: Region, multipliers: Multipliers, weights_D: Array
+) -> float:
+    """A value that L is not below anywhere in the region; `weights_D` may be any mixture."""
+    linear_D, constant, change = _lagrangian(objective, region, multipliers, weights_D)
     return constant + _separable_minimum(
         linear_D,
         change,
@@ -86,13 +89,14 @@ def lower_bound(objective: Objective, region: Region, multipliers: Multipliers) 
 
 
 def _lagrangian(
-    objective: Objective, region: Region, multipliers: Multipliers
+    objective: Objective, region: Region, multipliers: Multipliers, weights_D: Array
 ) -> tuple[Array, float, float]:
     """c, constant and y of the Lagrangian c·w + γ·(…) + y·Σ max(w − prior, 0) + constant."""
     z_V = _in_std_ball(multipliers.std_V, objective.task_weights_V)
-    gains_V = objective.alpha * z_V
-    gains_V = gains_V - objective.beta * objective.gain_scale * objective.task_weights_V
-    linear_D, constant, change = objective.rows_VD.T @ gains_V, 0.0, 0.0
+    at_V = objective.rows_VD @ weights_D
+    gain, slope_V = objective.gain(at_V)
+    linear_D = objective.rows_VD.T @ (objective.alpha * z_V - objective.beta * slope_V)
+    constant, change = -objective.beta * (gain - float(slope_V @ at_V)), 0.0
 
     groups_M = multipliers.groups_M.clip(min=0)
     linear_D = linear_D - region.groups_MD.T @ groups_M

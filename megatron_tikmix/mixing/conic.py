@@ -7,6 +7,8 @@ Variables are the weights w that are free, and
     h_j ≥ w_j ln w_j                      (exponential cones)
     s ≥ std(P̂) = ‖√u ∘ (P̂ − m)‖           (second-order cone)
     t_j ≥ max(w_j − prior_j, 0)           (total variation)
+    l_i ≤ ln(P̂_i − b_i), b_i ≤ 0          (exponential cones; the logarithmic gain is the most that
+                                           1 + l_i + b_i / 0.05 can be)
 """
 
 from collections.abc import Sequence
@@ -17,7 +19,7 @@ from numpy.typing import NDArray
 from scipy import sparse
 
 from megatron_tikmix.mixing.certificate import Multipliers
-from megatron_tikmix.mixing.objective import Objective
+from megatron_tikmix.mixing.objective import LOG_FLOOR, Objective
 from megatron_tikmix.mixing.region import Region
 from megatron_tikmix.mixing.slsqp import Answer
 
@@ -86,8 +88,12 @@ def solve(
     held_D = np.where(free_D, 0.0, region.lower_D)
     D, F, V = len(free_D), int(free_D.sum()), len(objective.rows_VD)
     limited = region.limit is not None
+    logged = _logged(objective)
     program = _Program(
-        [F, F if objective.gamma > 0 else 0, int(objective.alpha > 0), F * limited, V]
+        [
+            *(F, F if objective.gamma > 0 else 0, int(objective.alpha > 0), F * limited, V),
+            *(len(logged), len(logged)),
+        ]
     )
     eye_FF = sparse.eye_array(F, format="csr")
 
@@ -135,6 +141,8 @@ def solve(
             x0=pick_w,
             x1=pick_h,
         )
+    if len(logged):
+        _add_logarithms(program, logged, V)
     solution = program.solve(_cost(objective, program, free_D), regularization)
     weights_D = held_D.copy()
     weights_D[free_D] = np.asarray(solution.x)[program.columns(0)]
@@ -147,11 +155,37 @@ def solve(
     )
 
 
-def _cost(objective: Objective, program: _Program, free_D: Mask) -> Array:
-    cost = np.zeros(program.columns(4).stop)
-    slope_D = (
-        -objective.beta * objective.gain_scale * (objective.task_weights_V @ objective.rows_VD)
+def _logged(objective: Objective) -> NDArray[np.int64]:
+    """The tasks whose gain counts by its logarithm."""
+    used = objective.gain_kind == "log" and objective.beta > 0
+    return np.flatnonzero(objective.task_weights_V > 0) if used else np.zeros(0, dtype=np.int64)
+
+
+def _add_logarithms(program: _Program, logged: NDArray[np.int64], V: int) -> None:
+    """Cones (l_i, 1, P̂_i − b_i), and b_i ≤ 0."""
+    N = len(logged)
+    eye_NN = sparse.eye_array(N, format="csr")
+    pick_NV = sparse.csr_array((np.ones(N), (np.arange(N), logged)), shape=(N, V))
+    last = np.array([[0.0], [0.0], [1.0]])
+    program.add(clarabel.NonnegativeConeT(N), np.zeros(N), x6=eye_NN)
+    program.add(
+        [clarabel.ExponentialConeT()] * N,
+        np.tile([0.0, 1.0, 0.0], N),
+        x4=-sparse.kron(pick_NV, last),
+        x5=-sparse.kron(eye_NN, last[::-1]),
+        x6=sparse.kron(eye_NN, last),
     )
+
+
+def _cost(objective: Objective, program: _Program, free_D: Mask) -> Array:
+    cost = np.zeros(program.columns(6).stop)
+    scale_V = objective.beta * objective.gain_scale * objective.task_weights_V
+    slope_D = np.zeros(len(free_D))
+    if objective.gain_kind == "linear":
+        slope_D = -(scale_V @ objective.rows_VD)
+    logged = _logged(objective)
+    cost[program.columns(5)] = -scale_V[logged]
+    cost[program.columns(6)] = -scale_V[logged] / LOG_FLOOR
     if objective.log_reference_D is not None:
         slope_D = slope_D - objective.gamma * objective.log_reference_D
     cost[program.columns(0)] = slope_D[free_D]

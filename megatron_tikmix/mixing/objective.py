@@ -11,6 +11,12 @@ Array = NDArray[np.float64]
 V_REF = 4.0
 """The gain of this many tasks weighs against the entropy, however many tasks there are."""
 
+LOG_FLOOR = 0.05
+"""Below it the logarithmic gain goes on as its tangent: a task of no influence has a price, and not
+an infinite one."""
+
+Gain = Literal["linear", "log"]
+
 _TINY = 1e-12  # weights below it get a straight line instead of −w·ln w, whose slope is infinite
 _ROUNDING = 1e-15  # a std below so much of the gains is 0, with a direction made of rounding
 
@@ -21,8 +27,14 @@ class Objective:
 
         P̂_V = rows_VD w_D                 influence gained per task, in normalised rows
         std  = sqrt(Σ_i u_i (P̂_i − m)²)   m = Σ_i u_i P̂_i; population standard deviation
-        gain = gain_scale · Σ_i u_i P̂_i
+        gain = gain_scale · Σ_i u_i P̂_i      linear, as the paper has it; or
+               gain_scale · Σ_i u_i ℓ(P̂_i)   log: ℓ(x) = 1 + ln x, and its tangent at 0.05 below
         diversity = H(w) = −Σ_j w_j ln w_j, or with a reference −KL(w ‖ reference)
+
+    Losses fall with the logarithm of the tokens that serve them, about: what a task has much of
+    already is worth less to it. ℓ is that, with the slope and the value of the linear gain at P̂ = 1,
+    where the mixture is the best domain for the task and nothing else. So a task that gains little
+    pulls harder, and nothing else is needed to keep the mixture from one domain.
 
     The parts in P̂ take P̂ itself, float64 (V,), so that they hold for any way to predict it.
     Make one with :meth:`of`.
@@ -41,6 +53,8 @@ class Objective:
     beta: float
     gamma: float
 
+    gain_kind: Gain = "linear"
+
     log_reference_D: Array | None = None
     """ln of the reference mixture (0 where that is 0: there w must be 0); None: entropy."""
 
@@ -54,6 +68,7 @@ class Objective:
         gamma: float = 1.0,
         task_weights_V: Array | None = None,
         preset: Literal["paper"] | None = None,
+        gain: Gain = "linear",
         reference_D: Array | None = None,
     ) -> "Objective":
         """The objective for an influence matrix (V, D) in the benefit sign, of any row scale.
@@ -70,6 +85,7 @@ class Objective:
             alpha=alpha,
             beta=beta,
             gamma=gamma,
+            gain_kind=gain,
             log_reference_D=(
                 None if reference_D is None else np.log(np.where(reference_D > 0, reference_D, 1.0))
             ),
@@ -93,9 +109,13 @@ class Objective:
         return std, self.task_weights_V * centred_V / std
 
     def gain(self, gains_V: Array) -> tuple[float, Array]:
-        """gain_scale · Σ_i u_i P̂_i and its gradient (V,)."""
-        gradient_V = self.gain_scale * self.task_weights_V
-        return float(gradient_V @ gains_V), gradient_V
+        """The gain and its gradient (V,)."""
+        scale_V = self.gain_scale * self.task_weights_V
+        if self.gain_kind == "linear":
+            return float(scale_V @ gains_V), scale_V
+        above_V = np.maximum(gains_V, LOG_FLOOR)
+        values_V = 1 + np.log(above_V) + (gains_V - above_V) / LOG_FLOOR
+        return float(scale_V @ values_V), scale_V / above_V
 
     def diversity(self, weights_D: Array) -> tuple[float, Array]:
         """Entropy of the mixture, natural log, or −KL to the reference; and its gradient (D,).

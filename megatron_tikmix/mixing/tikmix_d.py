@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +16,7 @@ from megatron_tikmix.mixing.certificate import Certificate, certify
 from megatron_tikmix.mixing.constraints import MixtureConstraints
 from megatron_tikmix.mixing.influence_matrix import InfluenceMatrix
 from megatron_tikmix.mixing.mixture import Mixture
-from megatron_tikmix.mixing.objective import Objective
+from megatron_tikmix.mixing.objective import Gain, Objective
 from megatron_tikmix.mixing.region import FEASIBLE, Region, region_of
 from megatron_tikmix.mixing.solution import MixtureSolution
 
@@ -39,6 +39,7 @@ def solve_tikmix_d(
     gamma: float = 1.0,
     task_weights: Mapping[str, float] | None = None,
     preset: Literal["paper"] | None = None,
+    gain: Gain = "linear",
     constraints: MixtureConstraints | None = None,
     diversity_reference: Mixture | None = None,
 ) -> MixtureSolution:
@@ -56,6 +57,7 @@ def solve_tikmix_d(
         alpha, beta, gamma: weights of uniformity over tasks, of the gain and of the diversity.
         task_weights: what each task counts for, by name; need not sum to 1 (default: equal).
         preset: `paper` takes the raw sum over tasks as the gain.
+        gain: `linear` (the paper), or `log`: gains saturate; see :class:`Objective`.
         constraints: default :class:`MixtureConstraints`.
         diversity_reference: diversity is −KL(w ‖ reference), for example to the token
             proportions or to the mixture in force; default: the entropy of w, whose reference is
@@ -74,6 +76,7 @@ def solve_tikmix_d(
         gamma=gamma,
         task_weights=task_weights,
         preset=preset,
+        gain=gain,
         constraints=constraints,
         diversity_reference=diversity_reference,
     )
@@ -131,6 +134,7 @@ class Problem:
         gamma: float,
         task_weights: Mapping[str, float] | None,
         preset: Literal["paper"] | None,
+        gain: Gain,
         constraints: MixtureConstraints | None,
         diversity_reference: Mixture | None,
     ) -> "Problem":
@@ -139,7 +143,9 @@ class Problem:
         Raises:
             InputError: as there.
         """
-        _check(alpha=alpha, beta=beta, gamma=gamma, task_weights=task_weights, preset=preset)
+        _check(
+            alpha=alpha, beta=beta, gamma=gamma, task_weights=task_weights, preset=preset, gain=gain
+        )
         matrix = influence.sorted_by_name()
         reference_D = None
         if diversity_reference is not None:
@@ -151,6 +157,7 @@ class Problem:
             gamma=gamma,
             task_weights_V=_task_weights(task_weights, matrix.tasks),
             preset=preset,
+            gain=gain,
             reference_D=reference_D,
         )
         region = region_of(
@@ -261,13 +268,17 @@ class Problem:
 
 
 def _check(
-    *, task_weights: Mapping[str, float] | None, preset: str | None, **weights: float
+    *, task_weights: Mapping[str, float] | None, preset: str | None, gain: str, **weights: float
 ) -> None:
     for name, value in weights.items():
         if not math.isfinite(value) or value < 0:
             raise InputError(f"{name} is {value}; it must be a finite number, zero or more")
     if preset not in (None, "paper"):
         raise InputError(f"preset is {preset!r}; it must be 'paper' or None")
+    if gain not in get_args(Gain):
+        raise InputError(f"gain is {gain!r}; it must be one of {', '.join(get_args(Gain))}")
+    if preset == "paper" and gain != "linear":
+        raise InputError("gain: the preset 'paper' is linear; leave one of them out")
     if preset == "paper" and task_weights is not None:
         raise InputError("task_weights: the preset 'paper' takes the raw sum; leave them out")
 

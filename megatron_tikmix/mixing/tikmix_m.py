@@ -13,6 +13,7 @@ from megatron_tikmix.mixing.candidates import box_around, pulled_inside, sample_
 from megatron_tikmix.mixing.constraints import MixtureConstraints
 from megatron_tikmix.mixing.influence_matrix import InfluenceMatrix
 from megatron_tikmix.mixing.mixture import Mixture
+from megatron_tikmix.mixing.objective import Gain
 from megatron_tikmix.mixing.region import FEASIBLE, Region
 from megatron_tikmix.mixing.solution import MixtureSolution
 from megatron_tikmix.mixing.surrogate import MixtureSurrogate
@@ -43,6 +44,7 @@ def solve_tikmix_m(
     gamma: float = 1.0,
     task_weights: Mapping[str, float] | None = None,
     preset: Literal["paper"] | None = None,
+    gain: Gain = "linear",
     constraints: MixtureConstraints | None = None,
     diversity_reference: Mixture | None = None,
     min_skill: float = 0.5,
@@ -75,8 +77,8 @@ def solve_tikmix_m(
     could be measured, or when nothing is predicted to be better.
 
     Args:
-        influence, prior, alpha, beta, gamma, task_weights, preset, constraints,
-            diversity_reference: as for :func:`solve_tikmix_d`.
+        influence, prior, alpha, beta, gamma, task_weights, preset, gain,
+            constraints, diversity_reference: as for :func:`solve_tikmix_d`.
         probe: ``probe(weights_ND) -> outcomes_NV``, float64, columns in the order of
             `influence.domains` and `influence.tasks`: real short continuations, or the influence
             of the candidates from the bank. None: S w itself.
@@ -110,6 +112,7 @@ def solve_tikmix_m(
         "gamma": gamma,
         "task_weights": task_weights,
         "preset": preset,
+        "gain": gain,
         "constraints": constraints,
         "diversity_reference": diversity_reference,
     }

@@ -265,8 +265,9 @@ class Decider:
             "gamma": config.gamma,
             "task_weights": None if config.preset == "paper" else weights,
             "preset": config.preset,
+            "gain": config.gain,
             "constraints": self._constraints(influence, at),
-            "diversity_reference": references[config.diversity_reference],
+            "diversity_reference": references[config.diversity_reference or "prior"],
         }
 
     def _constraints(self, influence: InfluenceMatrix, at: Boundary) -> MixtureConstraints:

@@ -70,6 +70,7 @@ def random_case(seed):
         "alpha": float(rng.choice([0, 1, 1, 3])),
         "gamma": float(rng.choice([1, 1, 0.5, 0.25, 0.05])),
         "preset": "paper" if seed % 5 == 0 else None,
+        "gain": "log" if seed % 5 in (1, 3) else "linear",
         "constraints": MixtureConstraints(**constraints),
         "diversity_reference": prior if seed % 6 == 0 else None,
     }
@@ -83,18 +84,24 @@ def stated_in_cvxpy(influence, prior, options):
     largest_V1 = abs(values_VD[kept_V]).max(axis=1, keepdims=True)
     rows_VD, V = values_VD[kept_V] / largest_V1, max(int(kept_V.sum()), 1)
     prior_D = prior.array(influence.domains)
-    w = cp.Variable(len(prior_D))
+    w = cp.Variable(len(prior_D), name="w")
     gains = rows_VD @ w
     if options["diversity_reference"] is None:
         divergence = -cp.sum(cp.entr(w))
     else:
         divergence = cp.sum(cp.rel_entr(w, prior_D))
+    limits = [cp.sum(w) == 1, w >= 0]
+    if options["gain"] == "log":
+        below = cp.Variable(gains.shape[0])  # what is below 0.05 counts along the tangent there
+        limits.append(below <= 0)
+        worth = cp.sum(1 + cp.log(gains - below) + below / 0.05)
+    else:
+        worth = cp.sum(gains)
     objective = (
         options["alpha"] * cp.norm(gains - cp.sum(gains) / V) / math.sqrt(V)
-        - (V if options["preset"] == "paper" else 4) * cp.sum(gains) / V
+        - (V if options["preset"] == "paper" else 4) * worth / V
         + options["gamma"] * divergence
     )
-    limits = [cp.sum(w) == 1, w >= 0]
     if constraints.max_total_variation is not None:
         limits.append(cp.norm1(w - prior_D) <= 2 * constraints.max_total_variation)
     if constraints.confidence is not None:
@@ -118,11 +125,16 @@ def stated_in_cvxpy(influence, prior, options):
     return cp.Problem(cp.Minimize(objective), limits)
 
 
+def _weights(problem):
+    return next(variable for variable in problem.variables() if variable.name() == "w")
+
+
 def broken_by(problem, weights_D):
     """By how much these weights break the worst of cvxpy's constraints."""
-    (w,) = problem.variables()
+    w = _weights(problem)
     w.value = weights_D
-    return max(float(np.max(limit.violation())) for limit in problem.constraints)
+    limits = [limit for limit in problem.constraints if all(v is w for v in limit.variables())]
+    return max(float(np.max(limit.violation())) for limit in limits)
 
 
 def reference_value(problem):
@@ -134,7 +146,7 @@ def reference_value(problem):
         except cp.SolverError:
             continue
         if problem.status == cp.OPTIMAL:
-            (w,) = problem.variables()
+            w = _weights(problem)
             w.value = np.maximum(w.value, 0)  # −1e-15 would have no entropy
             return problem.objective.value
     return None
@@ -155,5 +167,7 @@ def test_the_optimum_is_that_of_another_solver(first):
         if expected is None:
             unsure += 1
         else:
-            assert solution.objective == pytest.approx(expected, abs=1e-6), f"seed {seed}"
+            # With logarithms ECOS is less exact than it says: never below, sometimes above.
+            slack = 1e-6 if options["gain"] == "linear" else 3e-5
+            assert expected - slack <= solution.objective <= expected + 1e-6, f"seed {seed}"
     assert unsure <= CHUNK // 8, "too few cases were compared"
