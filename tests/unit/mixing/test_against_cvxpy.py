@@ -168,6 +168,6 @@ def test_the_optimum_is_that_of_another_solver(first):
             unsure += 1
         else:
             # With logarithms ECOS is less exact than it says: never below, sometimes above.
-            slack = 1e-6 if options["gain"] == "linear" else 3e-5
-            assert expected - slack <= solution.objective <= expected + 1e-6, f"seed {seed}"
+            slack, most = (1e-6, 1e-6) if options["gain"] == "linear" else (3e-5, 2e-6)
+            assert expected - slack <= solution.objective <= expected + most, f"seed {seed}"
     assert unsure <= CHUNK // 8, "too few cases were compared"
