@@ -34,7 +34,9 @@ setup(
         "psutil>=5.9",  # megatron-core's checkpoint writer imports it without declaring it
     ],
     extras_require={
+        "datasets": ["datasets>=3.0"],  # Parquet, Arrow folders and .zst in preprocessing
         "dev": [
+            "datasets>=3.0",
             "pytest>=8",
             "pytest-timeout>=2.3",
             "hypothesis>=6.100",

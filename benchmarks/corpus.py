@@ -354,6 +354,7 @@ def build(arguments: argparse.Namespace) -> None:
         table.add_row(*row)
     Console().print(table)
     command = [sys.executable, str(ROOT / "tools" / "preprocess_data.py"), "--train_tokenizer"]
+    command += ["--replace"]  # another choice of domains
     command += ["--input", str(arguments.output / "corpus")]
     command += ["--output", str(arguments.output / "tokens")]
     command += ["--vocab_size", str(arguments.vocab_size)]

@@ -19,6 +19,7 @@ from hypothesis import settings as hypothesis_settings
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from megatron_tikmix.data.domains import DomainManifest, DomainSplit
+from megatron_tikmix.data.tokenizer import TokenizerFiles
 
 # A busy machine is no fault of the code.
 hypothesis_settings.register_profile("untimed", deadline=None)
@@ -65,7 +66,7 @@ def build_corpus(folder: Path) -> Path:
                 generator = np.random.default_rng(len(split))
                 documents = [generator.permutation(document) for document in documents]
             domains[name][split] = write_tokens(folder / f"{name}_{split}", documents)
-    tokenizer = write_word_tokenizer(folder / "tokenizer.json")
+    tokenizer = TokenizerFiles(write_word_tokenizer(folder / "tokenizer.json"))
     manifest = DomainManifest(folder / "domains.yaml", tokenizer, VOCAB_SIZE, EOD, domains)
     manifest.save()
     return manifest.path

@@ -1,308 +1,55 @@
-"""Turn JSONL text into the token files that Megatron trains on.
+"""Turn text into the token files that Megatron trains on.
 
-Every line of the input is one document, {"text": ...}. Every split of every domain becomes
-OUTPUT/<domain>_<split>.bin and .idx: the documents' tokens, each document followed by the
-end-of-document token. OUTPUT/domains.yaml, the manifest, names them all; training takes it as
-data.manifest. OUTPUT/tokenizer.json is the tokenizer: one that you give, or a byte-level BPE
-trained here on an equal share of every domain's train split.
+Reads what Hugging Face datasets reads from disk: JSON lines and text files, plain or compressed
+(.gz, .bz2, .xz, .zst), Parquet, and folders that Dataset.save_to_disk wrote. A document is a
+line's, or a row's, field --text_field; of text files --sample_by says what one is.
 
-Empty documents are skipped and counted. Outputs take their names only once all of them are
-complete, the manifest last.
+Every split of every domain becomes OUTPUT/<domain>_<split>.bin and .idx: the documents' tokens,
+each document followed by the end-of-document token. Stock Megatron reads them, and files that it
+wrote are taken in with --adopt. OUTPUT/domains.yaml, the manifest, names them all, with
+fingerprints by which training knows that they are still the same; it takes it as data.manifest.
+The tokenizer is one that you give, or a byte-level BPE trained here on an equal share of every
+domain's train split; it is kept beside the manifest.
+
+The result is the same, byte for byte, for any number of workers and shards. Outputs take their
+names only once all of them are complete, the manifest last. Started again, it goes on where it
+stopped (OUTPUT/.unfinished holds what is ready), and does not do again what has not changed.
+Domains that the manifest has and this run does not name stay in it.
+
+Empty documents are left out and counted. A document that is malformed stops the run with its file
+and line, or with --on_error skip is left out and counted by reason.
 """
 
 import argparse
-import glob
-import json
 import os
-import re
 import shutil
 import sys
-import tempfile
-import warnings
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 from rich.table import Table
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from megatron_tikmix.data.domains import DomainManifest, DomainSplit, check_name
+from megatron_tikmix.data.domains import DomainManifest, DomainSplit
+from megatron_tikmix.data.preprocessing.new_tokenizer import SMALLEST_VOCABULARY, train_tokenizer
+from megatron_tikmix.data.preprocessing.parts import Counts, Encoding
+from megatron_tikmix.data.preprocessing.pipeline import PART_BYTES, Job, encode, plan
+from megatron_tikmix.data.preprocessing.publish import Splits, adopt, merge, publish, still_whole
+from megatron_tikmix.data.preprocessing.readers import Reading
+from megatron_tikmix.data.preprocessing.sources import Source, find_sources
+from megatron_tikmix.data.preprocessing.worker import limit_threads
+from megatron_tikmix.data.tokenizer import END_OF_DOCUMENT, LIBRARIES, TokenizerFiles
 from megatron_tikmix.errors import InputError
-
-END_OF_DOCUMENT = "<|endoftext|>"
-SMALLEST_VOCABULARY = 257  # 256 bytes and the end-of-document token
-BATCH_CHARACTERS = 1 << 18  # a worker's part of a batch; 100 bytes of memory a token
-
-# A split's name holds no underscore, so that <domain>_<split> can be read in one way only.
-SPLIT_NAME = r"[A-Za-z0-9.-]+"
-
-
-@dataclass(frozen=True)
-class Source:
-    """The text of one split of one domain."""
-
-    domain: str
-    split: str
-    files: tuple[Path, ...]
-
-    @property
-    def prefix(self) -> str:
-        return f"{self.domain}_{self.split}"
-
-
-@dataclass(frozen=True)
-class Document:
-    """A document, and the bytes that its line and its text take."""
-
-    text: str
-    line_bytes: int
-    text_bytes: int
-
-
-@dataclass(frozen=True)
-class Counts:
-    """What became of one source."""
-
-    documents: int = 0
-    empty: int = 0
-    tokens: int = 0
-    text_bytes: int = 0
-
-
-# Finding and reading text ------------------------------------------------------------------
-
-
-def find_sources(inputs: Sequence[str]) -> list[Source]:
-    """The sources that ``--input`` values name, in the order given; a folder's by name."""
-    found: dict[tuple[str, str], list[Path]] = {}
-    for value in inputs:
-        named = re.fullmatch(r"([^:=/]+):([^:=/]+)=(.+)", value, re.DOTALL)
-        if named:
-            domain = check_name(named[1], f"--input {value}: domain")
-            split = check_name(named[2], f"--input {value}: split", SPLIT_NAME)
-            found.setdefault((domain, split), []).extend(_files(value, named[3]))
-        else:
-            for path in _jsonl_files(Path(value)):
-                domain = check_name(path.parent.name, f"{path}: domain")
-                split = check_name(path.stem, f"{path}: split", SPLIT_NAME)
-                found.setdefault((domain, split), []).append(path)
-    for (domain, split), files in found.items():
-        for path, times in Counter(files).items():
-            if times > 1:
-                raise InputError(f"{path} is given twice for {domain}:{split}; give it once")
-            if path.stat().st_size == 0:
-                raise InputError(f"{path} is empty; remove it, or write its documents to it")
-    return [Source(*key, tuple(files)) for key, files in found.items()]
-
-
-def _files(value: str, pattern: str) -> list[Path]:
-    paths = [Path(pattern)] if Path(pattern).exists() else sorted(map(Path, glob.glob(pattern)))
-    if not paths:
-        raise InputError(f"--input {value}: no such file, and no file matches the pattern")
-    for path in paths:
-        if not path.is_file():
-            raise InputError(f"--input {value}: {path} is not a file; give files or a pattern")
-    return paths
-
-
-def _jsonl_files(folder: Path) -> list[Path]:
-    if not folder.is_dir():
-        raise InputError(
-            f"--input {folder}: no such folder; give a folder, or DOMAIN:SPLIT=FILE for one file"
-        )
-    paths = sorted(folder.glob("[!.]*/[!.]*.jsonl"))
-    if not paths:
-        raise InputError(f"--input {folder}: no <domain>/<split>.jsonl file in it")
-    return paths
-
-
-def read_documents(path: Path, field: str) -> Iterator[Document]:
-    """The documents of a JSONL file; blank lines are none.
-
-    Raises:
-        InputError: names the file and the line that is not what it must be.
-    """
-    try:
-        with path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    yield _document(line, field, f"{path}: line {number}:")
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
-
-
-def _document(line: bytes, field: str, where: str) -> Document:
-    try:
-        content = json.loads(line.rstrip(b"\r\n").decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise InputError(
-            f"{where} invalid UTF-8 at its byte {error.start + 1}; convert the file to UTF-8"
-        ) from error
-    except json.JSONDecodeError as error:
-        problem = f"{error.msg.removesuffix(' at')} at its character {error.colno}"
-        raise InputError(f"{where} malformed JSON: {problem}; write one object a line") from error
-    except (ValueError, RecursionError) as error:  # nested too deep, or a number of 5,000 digits
-        raise InputError(f"{where} unreadable JSON: {error}; simplify it") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{where} not a JSON object; write {{{json.dumps(field)}: ...}}")
-    if field not in content:
-        raise InputError(
-            f"{where} no field {field!r} among {', '.join(map(repr, content)) or 'none'}; "
-            "name the field that holds the text with --text_field"
-        )
-    text = content[field]
-    if not isinstance(text, str):
-        kind = json.dumps(text)[:40]
-        raise InputError(f"{where} field {field!r} must be a string, and is {kind}")
-    try:
-        return Document(text, len(line), len(text.encode()))
-    except UnicodeEncodeError as error:
-        raise InputError(
-            f"{where} field {field!r} holds half a surrogate pair at character {error.start + 1}, "
-            "which is not text; remove it"
-        ) from error
-
-
-# Tokenizers --------------------------------------------------------------------------------
-
-
-def train_tokenizer(
-    sources: Sequence[Source], field: str, vocab_size: int, max_characters: int
-) -> Tokenizer:
-    """A byte-level BPE: every text has tokens, and the tokens give back the same text."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[END_OF_DOCUMENT],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(tokenizer_sample(sources, field, max_characters), trainer)
-    return tokenizer
-
-
-def tokenizer_sample(sources: Sequence[Source], field: str, max_characters: int) -> Iterator[str]:
-    """An equal share of every domain's train split, from the beginning of each of its files."""
-    train = [source for source in sources if source.split == "train"]
-    for source in train:
-        for path in source.files:
-            room = max_characters // len(train) // len(source.files)
-            for document in read_documents(path, field):
-                yield document.text[:room]
-                room -= len(document.text)
-                if room <= 0:
-                    break
-
-
-def load_tokenizer(path: Path) -> Tokenizer:
-    if not path.is_file():
-        raise InputError(f"--tokenizer {path}: no such file; give a Hugging Face tokenizer.json")
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # tokenizers raises bare Exceptions
-        raise InputError(
-            f"--tokenizer {path}: not a Hugging Face tokenizer.json: {error}"
-        ) from error
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return tokenizer
-
-
-def end_of_document(tokenizer: Tokenizer, token: str) -> int:
-    eod = tokenizer.token_to_id(token)
-    if eod is None:
-        raise InputError(
-            f"the tokenizer has no token {token!r}; name its end-of-document token with --eod_token"
-        )
-    return int(eod)
-
-
-# Writing token files -----------------------------------------------------------------------
-
-
-def import_indexed_dataset() -> Any:
-    """megatron-core's module. Imported late: it takes seconds, and bad input is found before."""
-    with warnings.catch_warnings(action="ignore"):  # on what a GPU would want installed
-        from megatron.core.datasets import indexed_dataset
-    return indexed_dataset
-
-
-def batches(documents: Iterator[Document], max_characters: int) -> Iterator[list[Document]]:
-    """Consecutive documents, about `max_characters` at a time."""
-    batch: list[Document] = []
-    size = 0
-    for document in documents:
-        batch.append(document)
-        size += len(document.text)
-        if size >= max_characters:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
-
-
-class SplitWriter:
-    """Encodes sources into ``.bin/.idx`` files in one folder."""
-
-    def __init__(
-        self, folder: Path, tokenizer: Tokenizer, eod: int, vocab_size: int, workers: int
-    ) -> None:
-        self.folder = folder
-        self.tokenizer = tokenizer
-        self.eod = eod
-        self.megatron = import_indexed_dataset()
-        self.dtype = self.megatron.DType.optimal_dtype(vocab_size)
-        self.batch_characters = BATCH_CHARACTERS * workers
-        # "<|endoftext|>" written out in a document is text, and does not end it.
-        tokenizer.encode_special_tokens = True
-
-    def write(self, source: Source, field: str, advance: Callable[[int], None]) -> Counts:
-        """Write the source's files; every document is one item.
-
-        `advance` is called with the number of input bytes done since it was last called.
-        """
-        prefix = self.folder / source.prefix
-        builder = self.megatron.IndexedDatasetBuilder(f"{prefix}.bin", dtype=self.dtype)
-        counts = Counts()
-        for path in source.files:
-            before = counts.documents
-            for batch in batches(read_documents(path, field), self.batch_characters):
-                counts = self._add(batch, builder, counts)
-                advance(sum(document.line_bytes for document in batch))
-            if counts.documents == before:
-                raise InputError(f"{path} has no documents with text; remove it, or add some")
-        builder.finalize(f"{prefix}.idx")
-        return counts
-
-    def _add(self, batch: list[Document], builder: Any, counts: Counts) -> Counts:
-        # In parallel and outside the GIL; the result does not depend on the number of threads.
-        encodings = self.tokenizer.encode_batch_fast(
-            [document.text for document in batch], add_special_tokens=False
-        )
-        documents = tokens = 0
-        for encoding in encodings:
-            if ids := encoding.ids:
-                builder.add_document(np.array([*ids, self.eod], dtype=self.dtype), [len(ids) + 1])
-                documents += 1
-                tokens += len(ids) + 1
-        return Counts(
-            documents=counts.documents + documents,
-            empty=counts.empty + len(batch) - documents,
-            tokens=counts.tokens + tokens,
-            text_bytes=counts.text_bytes + sum(document.text_bytes for document in batch),
-        )
-
-
-# The command -------------------------------------------------------------------------------
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -318,33 +65,80 @@ examples:
 
   # files of your own, a tokenizer that exists
   python tools/preprocess_data.py --output data/tokens --tokenizer tokenizer.json \\
-      --input 'web:train=shards/web-*.jsonl' --input web:validation=web-held-out.jsonl \\
-      --input code:train=code.jsonl --text_field content
+      --input 'web:train=shards/web-*.jsonl.zst' --input web:validation=web-held-out.jsonl \\
+      --input code:train=code-parquet/ --text_field content
+
+  # many machines: a Slurm array (sbatch --array=0-31), whose script runs
+  python tools/preprocess_data.py --input data/corpus --output data/tokens \\
+      --tokenizer tokenizer.json --shard $SLURM_ARRAY_TASK_ID/$SLURM_ARRAY_TASK_COUNT
+  # and once all are done, the same with --merge
+  python tools/preprocess_data.py --input data/corpus --output data/tokens \\
+      --tokenizer tokenizer.json --merge
+
+  # files that Megatron's own tool wrote stay where they are, and become domains
+  python tools/preprocess_data.py --output data/tokens --tokenizer tokenizer.json \\
+      --adopt web:train=/datasets/web_text_document
 """,
     )
-    add = parser.add_argument
+    _add_text(parser.add_argument_group("text"))
+    _add_tokenizer(parser.add_argument_group("tokenizer"))
+    _add_running(parser.add_argument_group("running"))
+    return parser
+
+
+def _add_text(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
     add(
         "--input",
         action="append",
-        required=True,
-        metavar="DIR | DOMAIN:SPLIT=FILE",
-        help="a folder of <domain>/<split>.jsonl, or one split's file or quoted glob pattern; "
+        default=[],
+        metavar="DIR | DOMAIN:SPLIT=WHAT",
+        help="a folder of <domain>/<split>.jsonl (or another kind of file, or <domain>/<split>/ "
+        "full of them); or what one split is made of: a file, a folder, or a quoted glob pattern; "
         "repeat for more",
     )
     add("--output", type=Path, required=True, metavar="DIR", help="folder to write to")
     add(
+        "--adopt",
+        action="append",
+        default=[],
+        metavar="DOMAIN:SPLIT=PREFIX",
+        help="list PREFIX.bin and PREFIX.idx, which exist already; repeat for more",
+    )
+    add(
         "--text_field",
         default="text",
         metavar="NAME",
-        help="the field that holds a document's text (default: text)",
+        help="the field or column that holds a document's text (default: text)",
     )
-    which = parser.add_mutually_exclusive_group(required=True)
-    which.add_argument(
-        "--tokenizer", type=Path, metavar="FILE", help="a Hugging Face tokenizer.json to use"
+    add(
+        "--sample_by",
+        choices=("line", "paragraph", "document"),
+        help="what one document is in text files: a line, a paragraph, or the whole file",
     )
-    which.add_argument(
-        "--train_tokenizer", action="store_true", help="train a byte-level BPE on the train splits"
+    add(
+        "--on_error",
+        choices=("stop", "skip"),
+        default="stop",
+        help="what to do about a malformed document (default: stop)",
     )
+
+
+def _add_tokenizer(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add(
+        "--tokenizer",
+        type=Path,
+        metavar="PATH",
+        help="a Hugging Face tokenizer.json, or a folder of Hugging Face transformers",
+    )
+    add(
+        "--tokenizer_library",
+        choices=LIBRARIES,
+        help="read --tokenizer by megatron-core's tokenizer class for this library instead "
+        "(byte-level needs no --tokenizer)",
+    )
+    add("--train_tokenizer", action="store_true", help="train a byte-level BPE on the train splits")
     add(
         "--vocab_size",
         type=int,
@@ -361,18 +155,48 @@ examples:
     )
     add(
         "--eod_token",
-        default=END_OF_DOCUMENT,
         metavar="TOKEN",
-        help=f"the end-of-document token of --tokenizer (default: {END_OF_DOCUMENT})",
+        help="the end-of-document token of --tokenizer (default: its own end-of-sequence token "
+        f"where it names one, else {END_OF_DOCUMENT})",
     )
+
+
+def _add_running(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
     add(
         "--workers",
         type=int,
         default=available_cpus(),
         metavar="N",
-        help="encoding threads (default: one per CPU); the results are the same for any number",
+        help="processes, and threads where the text is little (default: one per CPU)",
     )
-    return parser
+    add(
+        "--shard",
+        type=parse_shard,
+        metavar="I/N",
+        help="encode only the I-th of N shares of the work, I from 0 on; needs --tokenizer",
+    )
+    add("--merge", action="store_true", help="encode nothing: finish what the shards have made")
+    add(
+        "--part_bytes",
+        type=int,
+        default=PART_BYTES,
+        metavar="N",
+        help="size of the pieces that the text is divided into for processes, shards and restarts "
+        f"(default: {PART_BYTES})",
+    )
+    add(
+        "--replace",
+        action="store_true",
+        help="leave out of the manifest what it has and this run does not name",
+    )
+
+
+def parse_shard(text: str) -> tuple[int, int]:
+    index, _, count = text.partition("/")
+    if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
+        raise argparse.ArgumentTypeError(f"{text!r} must be I/N with I from 0 to N - 1, as 0/8")
+    return int(index), int(count)
 
 
 def available_cpus() -> int:
@@ -385,16 +209,32 @@ def available_cpus() -> int:
 
 def check(arguments: argparse.Namespace) -> None:
     """Fill in the default vocabulary; refuse what cannot work."""
-    if arguments.workers < 1:
-        raise InputError(f"--workers ({arguments.workers}) must be at least 1")
+    for name in ("workers", "part_bytes"):
+        if getattr(arguments, name) < 1:
+            raise InputError(f"--{name} ({getattr(arguments, name)}) must be at least 1")
     if arguments.output.exists() and not arguments.output.is_dir():
         raise InputError(f"--output {arguments.output} is a file; give a folder")
+    if not arguments.input and not arguments.adopt:
+        raise InputError("there is nothing to do: give text with --input, or files with --adopt")
+    given = arguments.tokenizer is not None or arguments.tokenizer_library is not None
+    if given == arguments.train_tokenizer:
+        which = "either --tokenizer or --train_tokenizer"
+        raise InputError(f"give {which}{', not both' if given else ''}")
+    if arguments.shard and arguments.merge:
+        raise InputError("--merge is for after all shards are done; leave out --shard")
     if not arguments.train_tokenizer:
+        if arguments.tokenizer is None and arguments.tokenizer_library != "byte-level":
+            raise InputError(f"--tokenizer_library {arguments.tokenizer_library} needs --tokenizer")
         if arguments.vocab_size is not None:
             raise InputError("--vocab_size is for --train_tokenizer; leave it out with --tokenizer")
         return
-    if arguments.eod_token != END_OF_DOCUMENT:
+    if arguments.eod_token is not None:
         raise InputError("--eod_token is for --tokenizer; leave it out with --train_tokenizer")
+    if arguments.shard or arguments.merge:
+        raise InputError(
+            "--train_tokenizer cannot be sharded; train one first, on a part of the text and to "
+            "another --output, and give its tokenizer.json with --tokenizer"
+        )
     if arguments.vocab_size is None:
         arguments.vocab_size = 2048
     for name, least in (("vocab_size", SMALLEST_VOCABULARY), ("tokenizer_characters", 1)):
@@ -405,86 +245,174 @@ def check(arguments: argparse.Namespace) -> None:
 def preprocess(arguments: argparse.Namespace) -> None:
     check(arguments)
     sources = find_sources(arguments.input)
-    if arguments.train_tokenizer and all(source.split != "train" for source in sources):
-        raise InputError("--train_tokenizer: no domain has a train split; give one with --input")
-    # Read when tokenizers first works in parallel.
-    os.environ["RAYON_NUM_THREADS"] = str(arguments.workers)
-    tokenizer = make_tokenizer(arguments, sources)
-    vocab_size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
-    manifest = DomainManifest(
-        path=arguments.output / "domains.yaml",
-        tokenizer=arguments.output / "tokenizer.json",
-        vocab_size=vocab_size,
-        eod=end_of_document(tokenizer, arguments.eod_token),
-        domains={},
+    limit_threads(arguments.workers)
+    output, unfinished = arguments.output, arguments.output / ".unfinished"
+    reading = Reading(arguments.text_field, arguments.sample_by)
+    tokenizer = make_tokenizer(arguments, sources, reading, unfinished)
+    loaded = tokenizer.load("--tokenizer")
+    encoding = Encoding(
+        tokenizer,
+        loaded.vocab_size,
+        loaded.end_of_document(arguments.eod_token),
+        reading,
+        arguments.on_error,
     )
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=arguments.output) as folder:
-        unfinished = Path(folder)
-        if arguments.train_tokenizer:
-            tokenizer.save(str(unfinished / "tokenizer.json"))
-        else:
-            shutil.copyfile(arguments.tokenizer, unfinished / "tokenizer.json")
-        writer = SplitWriter(unfinished, tokenizer, manifest.eod, vocab_size, arguments.workers)
-        counts = write_all(writer, sources, arguments.text_field)
-        manifest.path.unlink(missing_ok=True)  # from here on, an older one would be wrong
-        for path in sorted(unfinished.iterdir()):
-            os.replace(path, arguments.output / path.name)
+    manifest = DomainManifest(
+        path=output / "domains.yaml",
+        tokenizer=tokenizer,
+        vocab_size=encoding.vocab_size,
+        eod=encoding.eod,
+        domains={},
+        tokenizer_fingerprint=tokenizer.fingerprint(),
+    )
+    adopted = adopt(arguments.adopt, manifest)
+    named = [(s.domain, s.split) for s in sources] + [
+        (domain, split) for domain, splits in adopted.items() for split in splits
+    ]
+    if len(set(named)) < len(named):
+        twice = max(named, key=named.count)
+        raise InputError(f"{twice[0]}:{twice[1]} is given by --input and by --adopt; give one")
+    earlier = earlier_splits(manifest, named, arguments.replace)
 
-    domains: dict[str, dict[str, DomainSplit]] = {}
-    for source, count in counts.items():
-        split = DomainSplit(arguments.output / source.prefix, count.documents, count.tokens)
-        domains.setdefault(source.domain, {})[source.split] = split
-    manifest = replace(manifest, domains=domains)
-    manifest.save()
-    print_table(manifest, counts)
+    jobs = plan(sources, encoding, unfinished, arguments.part_bytes)
+    unchanged = [job for job in jobs if still_whole(earlier.get(job.source.key), job.fingerprint)]
+    todo = [job for job in jobs if job not in unchanged]
+    output.mkdir(parents=True, exist_ok=True)
+    if not arguments.merge:
+        encode_all(todo, encoding, arguments.workers, arguments.shard or (0, 1))
+    if arguments.shard:
+        print_shard(arguments.shard, todo)
+        return
+    merged = {job: merge(job, encoding) for job in todo}
+    kept: Splits = {}
+    redone = {job.source.key for job in todo}
+    for (domain, split), content in earlier.items():
+        if (domain, split) not in redone:
+            kept.setdefault(domain, {})[split] = content
+    for domain, splits in adopted.items():
+        kept[domain] = kept.get(domain, {}) | splits
+    manifest = publish(manifest, merged, tokenizer, kept, named)
+    clean_up(unfinished)
+    print_table(manifest, {job.source.key: counts for job, counts in merged.items()})
 
 
-def make_tokenizer(arguments: argparse.Namespace, sources: Sequence[Source]) -> Tokenizer:
+def make_tokenizer(
+    arguments: argparse.Namespace, sources: Sequence[Source], reading: Reading, folder: Path
+) -> TokenizerFiles:
     if not arguments.train_tokenizer:
-        return load_tokenizer(arguments.tokenizer)
+        return TokenizerFiles(arguments.tokenizer, arguments.tokenizer_library)
+    if all(source.split != "train" for source in sources):
+        raise InputError("--train_tokenizer: no domain has a train split; give one with --input")
     with Console(stderr=True).status("training the tokenizer"):
         return train_tokenizer(
-            sources, arguments.text_field, arguments.vocab_size, arguments.tokenizer_characters
+            sources,
+            reading,
+            vocab_size=arguments.vocab_size,
+            max_characters=arguments.tokenizer_characters,
+            skip_bad=arguments.on_error == "skip",
+            folder=folder,
         )
 
 
-def write_all(writer: SplitWriter, sources: Sequence[Source], field: str) -> dict[Source, Counts]:
-    """Write every source, under a progress bar."""
+def earlier_splits(
+    manifest: DomainManifest, named: Sequence[tuple[str, str]], replace: bool
+) -> dict[tuple[str, str], DomainSplit]:
+    """What the manifest of an earlier run lists, by (domain, split), as far as it is to stay.
+
+    Raises:
+        InputError: it was made with another tokenizer, and would not be replaced in whole.
+    """
+    if not manifest.path.exists():
+        return {}
+    earlier = DomainManifest.load(manifest.path)
+    found = {
+        (domain, name): split
+        for domain, splits in earlier.domains.items()
+        for name, split in splits.items()
+        if not replace or (domain, name) in named
+    }
+    known = earlier.tokenizer_fingerprint
+    if known is None and earlier.tokenizer is not None and earlier.tokenizer.path is not None:
+        known = earlier.tokenizer.fingerprint() if earlier.tokenizer.path.exists() else None
+    same = (known, earlier.vocab_size, earlier.eod) == (
+        manifest.tokenizer_fingerprint,
+        manifest.vocab_size,
+        manifest.eod,
+    )
+    if same:
+        return found
+    others = [f"{domain}:{name}" for domain, name in found if (domain, name) not in named]
+    if others:
+        raise InputError(
+            f"{manifest.path} lists {', '.join(others[:5])}, made with another tokenizer; give "
+            f"that one, give another --output, or drop what this run does not name with --replace"
+        )
+    return {}
+
+
+def encode_all(
+    jobs: Sequence[Job], encoding: Encoding, workers: int, shard: tuple[int, int]
+) -> None:
+    """Encode under a progress bar."""
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("encoding"),
         BarColumn(),
         DownloadColumn(),
+        TransferSpeedColumn(),
         TimeRemainingColumn(),
     )
     console = Console(stderr=True)
-    total = sum(path.stat().st_size for source in sources for path in source.files)
-    counts = {}
+    total = sum(part.bytes for job in jobs for part in job.parts)
     with Progress(
         *columns, console=console, transient=True, disable=not console.is_terminal
     ) as progress:
         task = progress.add_task("", total=total)
-        for source in sources:
-            progress.update(task, description=f"{source.domain} {source.split}")
-            counts[source] = writer.write(source, field, partial(progress.advance, task))
-    return counts
+        encode(
+            jobs, encoding, workers=workers, shard=shard, advance=partial(progress.advance, task)
+        )
 
 
-def print_table(manifest: DomainManifest, counts: dict[Source, Counts]) -> None:
+def clean_up(folder: Path) -> None:
+    """Remove what no later start needs; another run's parts stay."""
+    for path in folder.glob("tokenizer-*"):
+        shutil.rmtree(path)
+    if folder.exists() and not any(folder.iterdir()):
+        folder.rmdir()
+
+
+def print_shard(shard: tuple[int, int], jobs: Sequence[Job]) -> None:
+    total = sum(len(job.parts) for job in jobs)
+    ready = total - sum(len(job.missing()) for job in jobs)
+    print(f"shard {shard[0]}/{shard[1]} is done; of all shards, {ready:,} of {total:,} parts are")
+
+
+def print_table(manifest: DomainManifest, counts: Mapping[tuple[str, str], Counts]) -> None:
     title = f"{escape(str(manifest.path))}, vocabulary of {manifest.vocab_size:,}"
     table = Table("domain", "split", title=title)
-    for heading in ("documents", "empty", "tokens", "bytes/token"):
+    any_skipped = any(count.skipped for count in counts.values())
+    skipped = ["skipped"] if any_skipped else []
+    for heading in ("documents", "empty", *skipped, "tokens", "bytes/token"):
         table.add_column(heading, justify="right")
-    for source, count in counts.items():
-        table.add_row(
-            source.domain,
-            source.split,
-            f"{count.documents:,}",
-            f"{count.empty:,}",
-            f"{count.tokens:,}",
-            f"{count.text_bytes / count.tokens:.2f}",
-        )
+    for domain, splits in manifest.domains.items():
+        for name, split in splits.items():
+            count = counts.get((domain, name))
+            table.add_row(
+                domain,
+                name,
+                f"{split.documents:,}",
+                f"{count.empty:,}" if count else "",
+                *([f"{sum(count.skipped.values()):,}" if count else ""] if any_skipped else []),
+                f"{split.tokens:,}",
+                f"{count.text_bytes / count.tokens:.2f}" if count else "as before",
+            )
     Console().print(table)
+    for (domain, name), count in counts.items():
+        for reason, number in count.skipped.items():
+            print(
+                f"warning: {domain}:{name}: {number:,} skipped, {reason}; the first: "
+                f"{count.examples[reason]}",
+                file=sys.stderr,
+            )
 
 
 def main(argv: list[str] | None = None) -> int:

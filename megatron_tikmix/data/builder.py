@@ -20,6 +20,7 @@ class TrainingData:
     def __init__(self, config: RunConfig) -> None:
         data = config.data
         self.manifest = DomainManifest.load(data.manifest)
+        self.manifest.check_tokenizer()
         self.names = list(data.domains or self.manifest.domains)
         self.manifest.check_files(self.names, ["train"])
         held_out = {name: t.domain for name, t in config.tasks.items() if t.domain is not None}

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from megatron_tikmix.data.jsonl import parse_object, read_lines, text_of
+from megatron_tikmix.data.jsonl import Line, parse_object, read_lines, text_of
 from megatron_tikmix.data.samples import Sample
 from megatron_tikmix.data.tokenizer import TextTokenizer
 from megatron_tikmix.errors import InputError
@@ -88,16 +88,16 @@ def read_items(
 
 def _batches(
     path: Path, task: str, prompt_field: str, completion_field: str
-) -> Iterator[list[tuple[str, str, str]]]:
+) -> Iterator[list[tuple[Line, str, str]]]:
     """(where, prompt, completion) of every item."""
-    batch: list[tuple[str, str, str]] = []
+    batch: list[tuple[Line, str, str]] = []
     example = f'{{"{prompt_field}": ..., "{completion_field}": ...}}'
     for line in read_lines(path):
         content = parse_object(line, example)
-        prompt = text_of(content, prompt_field, line.where, f"{task}.prompt_field")
-        completion = text_of(content, completion_field, line.where, f"{task}.completion_field")
+        prompt = text_of(content, prompt_field, line, f"{task}.prompt_field")
+        completion = text_of(content, completion_field, line, f"{task}.completion_field")
         stripped = prompt.rstrip()
-        batch.append((line.where, stripped, prompt[len(stripped) :] + completion))
+        batch.append((line, stripped, prompt[len(stripped) :] + completion))
         if len(batch) == _AT_ONCE:
             yield batch
             batch = []

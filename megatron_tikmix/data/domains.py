@@ -23,6 +23,7 @@ from typing import Any
 import yaml
 
 from megatron_tikmix.data.token_files import AGAIN, TokenFiles
+from megatron_tikmix.data.tokenizer import LIBRARIES, TokenizerFiles
 from megatron_tikmix.errors import InputError
 
 
@@ -34,6 +35,12 @@ class DomainSplit:
     documents: int
     tokens: int
     """End-of-document tokens included."""
+
+    fingerprint: str | None = None
+    """:meth:`TokenFiles.fingerprint` of the pair; None in manifests that do not know it."""
+
+    source: str | None = None
+    """A digest of the text and the options that the pair was made from."""
 
     @property
     def bin_path(self) -> Path:
@@ -49,10 +56,12 @@ class DomainManifest:
     """Every domain's splits, and the tokenizer they were encoded with."""
 
     path: Path
-    tokenizer: Path | None
+    tokenizer: TokenizerFiles | None
     vocab_size: int
     eod: int
     domains: Mapping[str, Mapping[str, DomainSplit]]
+    tokenizer_fingerprint: str | None = None
+    """:meth:`TokenizerFiles.fingerprint`; None in manifests that do not know it."""
 
     @classmethod
     def load(cls, path: str | Path) -> "DomainManifest":
@@ -62,8 +71,12 @@ class DomainManifest:
             InputError: names the file and the field that is missing, unknown or ill-typed.
         """
         path = Path(path)
-        kinds = {"tokenizer": str, "vocab_size": int, "eod": int, "domains": dict}
-        fields = _take(f"{path}:", _read_yaml(path), kinds, optional={"tokenizer"})
+        kinds = {"tokenizer": str, "vocab_size": int, "eod": int, "domains": dict} | {
+            "tokenizer_library": str,
+            "tokenizer_fingerprint": str,
+        }
+        optional = {"tokenizer", "tokenizer_library", "tokenizer_fingerprint"}
+        fields = _take(f"{path}:", _read_yaml(path), kinds, optional)
         vocab_size, eod = fields["vocab_size"], fields["eod"]
         if not 0 <= eod < vocab_size:
             raise InputError(
@@ -71,10 +84,18 @@ class DomainManifest:
             )
         if not fields["domains"]:
             raise InputError(f"{path}: domains must name at least one domain")
-        tokenizer = fields["tokenizer"]
+        file, library = fields["tokenizer"], fields["tokenizer_library"]
+        if library is not None and library not in LIBRARIES:
+            raise InputError(
+                f"{path}: tokenizer_library must be one of {', '.join(LIBRARIES)}, and is {library}"
+            )
+        tokenizer = None
+        if file is not None or library is not None:
+            tokenizer = TokenizerFiles(None if file is None else path.parent / file, library)
         return cls(
             path=path,
-            tokenizer=None if tokenizer is None else path.parent / tokenizer,
+            tokenizer=tokenizer,
+            tokenizer_fingerprint=fields["tokenizer_fingerprint"],
             vocab_size=vocab_size,
             eod=eod,
             domains={
@@ -84,19 +105,19 @@ class DomainManifest:
 
     def save(self) -> None:
         """Write the manifest to :attr:`path`, all of it or nothing."""
+        tokenizer = self.tokenizer
+        where = None if tokenizer is None or tokenizer.path is None else tokenizer.path
+        known = {
+            "tokenizer_library": None if tokenizer is None else tokenizer.library,
+            "tokenizer_fingerprint": self.tokenizer_fingerprint,
+        }
         content = {
-            "tokenizer": None if self.tokenizer is None else self._relative(self.tokenizer),
+            "tokenizer": None if where is None else self._relative(where),
+            **{name: value for name, value in known.items() if value is not None},
             "vocab_size": self.vocab_size,
             "eod": self.eod,
             "domains": {
-                domain: {
-                    name: {
-                        "prefix": self._relative(split.prefix),
-                        "documents": split.documents,
-                        "tokens": split.tokens,
-                    }
-                    for name, split in splits.items()
-                }
+                domain: {name: self._split_content(split) for name, split in splits.items()}
                 for domain, splits in self.domains.items()
             },
         }
@@ -104,6 +125,15 @@ class DomainManifest:
         with unfinished.open("w", encoding="utf-8") as file:
             yaml.safe_dump(content, file, sort_keys=False, default_flow_style=None, width=200)
         os.replace(unfinished, self.path)
+
+    def _split_content(self, split: DomainSplit) -> dict[str, Any]:
+        known = {"fingerprint": split.fingerprint, "source": split.source}
+        return {
+            "prefix": self._relative(split.prefix),
+            "documents": split.documents,
+            "tokens": split.tokens,
+            **{name: value for name, value in known.items() if value is not None},
+        }
 
     def _relative(self, path: Path) -> str:
         """`path` as seen from the manifest's folder; as it is when it lies elsewhere."""
@@ -128,6 +158,23 @@ class DomainManifest:
             )
         return splits[split]
 
+    def check_tokenizer(self) -> None:
+        """Check that the tokenizer, if its file is there, is the one that the manifest knows.
+
+        Raises:
+            InputError: it is another: its file was replaced.
+        """
+        tokenizer, known = self.tokenizer, self.tokenizer_fingerprint
+        if tokenizer is None or known is None:
+            return
+        if tokenizer.path is not None and not tokenizer.path.exists():
+            return  # only prompts need it, and they say so
+        if tokenizer.fingerprint() != known:
+            raise InputError(
+                f"{tokenizer.path} is not the tokenizer that the token files of {self.path} were "
+                f"made with; put that one back, or {AGAIN}"
+            )
+
     def check_files(self, domains: Iterable[str], splits: Iterable[str]) -> None:
         """Check the files of these splits of these domains, without reading the tokens.
 
@@ -148,6 +195,11 @@ class DomainManifest:
                     f"{self.path}: {field}.{name} is {listed}, but {split.idx_path} says {real}; "
                     f"{AGAIN}"
                 )
+        if split.fingerprint is not None and found.fingerprint() != split.fingerprint:
+            raise InputError(
+                f"{split.bin_path} and {split.idx_path} are not the files that {self.path} lists "
+                f"as {field}: their content was changed; {AGAIN}"
+            )
 
 
 def check_name(name: object, what: str, pattern: str = r"[A-Za-z0-9_.-]+") -> str:
@@ -196,8 +248,9 @@ def _domain(path: Path, name: object, splits: object) -> dict[str, DomainSplit]:
 
 
 def _split(path: Path, where: str, name: str, content: object) -> DomainSplit:
-    fields = _take(f"{where}.{name}:", content, {"prefix": str, "documents": int, "tokens": int})
-    return DomainSplit(path.parent / fields["prefix"], fields["documents"], fields["tokens"])
+    kinds = {"prefix": str, "documents": int, "tokens": int, "fingerprint": str, "source": str}
+    fields = _take(f"{where}.{name}:", content, kinds, optional={"fingerprint", "source"})
+    return DomainSplit(**{**fields, "prefix": path.parent / fields["prefix"]})
 
 
 def _take(

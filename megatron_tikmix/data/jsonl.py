@@ -2,6 +2,7 @@
 
 import bz2
 import gzip
+import io
 import json
 import lzma
 import zlib
@@ -30,14 +31,39 @@ class BadDocument(InputError):
 
 @dataclass(frozen=True)
 class Line:
-    """A line that is not blank: its place for messages, and its bytes."""
+    """A line that is not blank."""
 
-    where: str
+    path: Path
+    first: int
+    """The byte of the file at which the first line that was read begins."""
+
+    number: int
+    """Counted from that line, which is 1."""
+
     content: bytes
 
+    def __str__(self) -> str:
+        """Its place in the file, for messages: counted only when it is asked for."""
+        before = 0
+        if self.first:
+            with self.path.open("rb") as file:
+                left = self.first
+                while left:
+                    block = file.read(min(left, 1 << 24))
+                    before += block.count(b"\n")
+                    left -= len(block)
+        return f"{self.path}: line {before + self.number}:"
 
-def read_lines(path: Path) -> Iterator[Line]:
-    """The lines of a file, unpacked if its name says that it is compressed; blank lines are none.
+
+def read_lines(
+    path: Path, start: int = 0, stop: int | None = None, *, blank: bool = False
+) -> Iterator[Line]:
+    """The lines of a file, unpacked if its name says that it is compressed.
+
+    Args:
+        start: only lines that begin at this byte or later. Files that are not compressed only.
+        stop: only lines that begin before this byte. None: to the end.
+        blank: yield blank lines too.
 
     Raises:
         BadDocument: the compressed data is truncated or damaged; what came before it was yielded.
@@ -46,9 +72,16 @@ def read_lines(path: Path) -> Iterator[Line]:
     number = 0
     try:
         with open_binary(path) as file:
+            if start:
+                file.seek(start - 1)
+                start += len(file.readline()) - 1  # the line that began before is not ours
+            at = start
             for number, content in enumerate(file, start=1):
-                if content.strip():
-                    yield Line(f"{path}: line {number}:", content)
+                if stop is not None and at >= stop:
+                    return
+                at += len(content)
+                if blank or content.strip():
+                    yield Line(path, start, number, content)
     except _damage(path) as error:
         problem = " ".join(str(error).split()) or type(error).__name__
         raise BadDocument(
@@ -69,7 +102,7 @@ def open_binary(path: Path) -> BinaryIO:
         ".gz": gzip.open,
         ".bz2": bz2.open,
         ".xz": lzma.open,
-        ".zst": lambda path: _zstandard(path).open(path, "rb"),
+        ".zst": _open_zst,
     }
     file: BinaryIO = openers.get(path.suffix, lambda path: path.open("rb"))(path)
     return file
@@ -84,32 +117,32 @@ def parse_object(line: Line, example: str) -> dict[str, Any]:
     Raises:
         BadDocument: names the file, the line and what is wrong there.
     """
-    where = line.where
     try:
         content = json.loads(line.content.rstrip(b"\r\n").decode("utf-8"))
     except UnicodeDecodeError as error:
         raise BadDocument(
             "invalid UTF-8",
-            f"{where} invalid UTF-8 at its byte {error.start + 1}; convert the file to UTF-8",
+            f"{line} invalid UTF-8 at its byte {error.start + 1}; convert the file to UTF-8",
         ) from error
     except json.JSONDecodeError as error:
         problem = f"{error.msg.removesuffix(' at')} at its character {error.colno}"
         raise BadDocument(
-            "malformed JSON", f"{where} malformed JSON: {problem}; write one object a line"
+            "malformed JSON", f"{line} malformed JSON: {problem}; write one object a line"
         ) from error
     except (ValueError, RecursionError) as error:  # nested too deep, or a number of 5,000 digits
         raise BadDocument(
-            "malformed JSON", f"{where} unreadable JSON: {error}; simplify it"
+            "malformed JSON", f"{line} unreadable JSON: {error}; simplify it"
         ) from error
     if not isinstance(content, dict):
-        raise BadDocument("not an object", f"{where} not a JSON object; write {example}")
+        raise BadDocument("not an object", f"{line} not a JSON object; write {example}")
     return content
 
 
-def text_of(content: dict[str, Any], field: str, where: str, option: str) -> str:
+def text_of(content: dict[str, Any], field: str, where: object, option: str) -> str:
     """The text in a field of a document.
 
     Args:
+        where: its place, in words, for messages.
         option: what names the field, for messages.
 
     Raises:
@@ -140,21 +173,18 @@ def text_of(content: dict[str, Any], field: str, where: str, option: str) -> str
 
 def _damage(path: Path) -> tuple[type[Exception], ...]:
     """What reading damaged compressed data raises."""
-    # bz2 raises a bare OSError, without an errno.
     known: tuple[type[Exception], ...] = (EOFError, zlib.error, gzip.BadGzipFile, lzma.LZMAError)
-    if path.suffix == ".bz2":
-        known += (OSError,)
-    if path.suffix == ".zst":
-        known += (_zstandard(path).ZstdError,)
-    return known
+    # Those of the standard library and of pyarrow are bare OSErrors.
+    return (*known, OSError) if path.suffix in (".bz2", ".zst") else known
 
 
-def _zstandard(path: Path) -> Any:
+def _open_zst(path: Path) -> io.BufferedReader:
+    # pyarrow and not zstandard, which takes a truncated file for a shorter one.
     try:
-        import zstandard
+        import pyarrow
     except ImportError as error:
         raise InputError(
-            f"{path}: reading .zst needs the package zstandard; pip install "
-            f"'megatron_tikmix[datasets]', or unpack the file"
+            f"{path}: reading .zst needs pyarrow; pip install 'megatron_tikmix[datasets]', or "
+            f"unpack the file"
         ) from error
-    return zstandard
+    return io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"))

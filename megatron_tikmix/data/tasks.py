@@ -13,7 +13,6 @@ from megatron_tikmix.data.domain_stream import DomainStream
 from megatron_tikmix.data.domains import DomainManifest, DomainSplit
 from megatron_tikmix.data.samples import Sample, stack
 from megatron_tikmix.data.token_files import TokenFiles
-from megatron_tikmix.data.tokenizer import load_tokenizer
 from megatron_tikmix.errors import InputError
 from megatron_tikmix.seeds import derived_seed
 
@@ -130,7 +129,7 @@ def _prompts(
         f"tasks.{name}",
         prompt_field=config.prompt_field,
         completion_field=config.completion_field,
-        tokenizer=load_tokenizer(manifest.tokenizer, f"{manifest.path}: tokenizer"),
+        tokenizer=manifest.tokenizer.load(f"{manifest.path}: tokenizer"),
         vocab_size=manifest.vocab_size,
         eod=manifest.eod,
         sequence_length=sequence_length,

@@ -5,6 +5,7 @@ truncated index by a bare assertion or numpy's "buffer is smaller than requested
 truncated ``.bin`` only in the middle of training.
 """
 
+import hashlib
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ _HEADER = struct.Struct("<9sQBQQ")  # magic, version, token type, sequences, doc
 # megatron-core's codes of integer types, all little-endian.
 _DTYPES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
 _LOOKED_AT = 1 << 20  # tokens whose ids are checked
+_BLOCKS, _BLOCK_BYTES = 8, 4096  # of a fingerprint
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,24 @@ class TokenFiles:
         documents, tokens, dtype = _read_index(idx_path)
         _check_size(bin_path, tokens * dtype.itemsize, "its .idx says")
         return cls(prefix, documents, tokens, dtype)
+
+    def fingerprint(self) -> str:
+        """SHA-256 of both files' sizes and of blocks spread evenly over each.
+
+        Not of every byte: a run looks at it on every rank before it starts. Files that were made
+        again from other text or with another tokenizer differ everywhere.
+        """
+        digest = hashlib.sha256()
+        for suffix in ("idx", "bin"):
+            path = Path(f"{self.prefix}.{suffix}")
+            size = path.stat().st_size
+            digest.update(f"{suffix} {size}".encode())
+            with path.open("rb") as file:
+                last = max(size - _BLOCK_BYTES, 0)
+                for place in sorted({last * i // (_BLOCKS - 1) for i in range(_BLOCKS)}):
+                    file.seek(place)
+                    digest.update(file.read(_BLOCK_BYTES))
+        return digest.hexdigest()[:32]
 
     def check_ids(self, vocab_size: int, vocabulary: str) -> None:
         """Check that the first million tokens are below `vocab_size`, that of `vocabulary`.

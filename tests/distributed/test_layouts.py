@@ -26,9 +26,12 @@ def runs() -> dict[str, Path]:
 
 @pytest.fixture
 def settings(settings: dict[str, Any], prompts: Path) -> dict[str, Any]:
-    """With a task of each kind."""
+    """With a task of each kind; `low` and `high` decide."""
     held_out = Path(settings["data"]["manifest"]).parent / "junk_validation"
-    tasks = {"tasks.quiz": {"prompts": str(prompts)}, "tasks.extra": {"prefix": str(held_out)}}
+    tasks = {
+        "tasks.quiz": {"prompts": str(prompts), "weight": 0.1},
+        "tasks.extra": {"prefix": str(held_out), "weight": 0.1},
+    }
     return overridden(settings, tasks)
 
 

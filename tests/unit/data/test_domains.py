@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_tikmix.data.domains import DomainManifest, DomainSplit
+from megatron_tikmix.data.tokenizer import TokenizerFiles
 from megatron_tikmix.errors import InputError
 
 LENGTHS = [3, 1, 7, 5]
@@ -51,7 +52,7 @@ def changed(*keys: str, value: object = None, remove: bool = False) -> dict:
 
 def test_load(tmp_path):
     manifest = DomainManifest.load(write_manifest(tmp_path, GOOD))
-    assert manifest.tokenizer == tmp_path / "tokenizer.json"
+    assert manifest.tokenizer == TokenizerFiles(tmp_path / "tokenizer.json")
     assert (manifest.vocab_size, manifest.eod) == (100, 0)
     split = manifest.split("code", "train")
     assert split == DomainSplit(tmp_path / "code_train", documents=4, tokens=16)
@@ -70,7 +71,7 @@ def test_save_and_load_give_the_same(tmp_path, where):
     folder.mkdir(exist_ok=True)
     manifest = DomainManifest(
         path=tmp_path / "domains.yaml",
-        tokenizer=folder / "tokenizer.json",
+        tokenizer=TokenizerFiles(folder / "tokenizer.json"),
         vocab_size=10,
         eod=9,
         domains={

@@ -11,6 +11,10 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from megatron_tikmix.data.domains import DomainManifest
+from megatron_tikmix.data.preprocessing import parts
+from megatron_tikmix.data.preprocessing.new_tokenizer import sample
+from megatron_tikmix.data.preprocessing.readers import Reading
+from megatron_tikmix.data.preprocessing.sources import Source
 
 # What breaks a careless tokenizer or reader.
 TEXTS = [
@@ -31,7 +35,7 @@ def write_jsonl(path: Path, texts: list[str], field: str = "text") -> Path:
 
 def preprocess(corpus: object, output: Path, *options: object) -> int:
     arguments = ["--input", corpus, "--output", output, *options]
-    if "--tokenizer" not in options:
+    if not {"--tokenizer", "--tokenizer_library"} & set(options):
         arguments.append("--train_tokenizer")
         if "--vocab_size" not in options:
             arguments += ["--vocab_size", 300]
@@ -52,7 +56,8 @@ def decode(tokenizer: Tokenizer, ids: list[int]) -> str:
 
 
 def all_bytes(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    """What a run has published."""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +95,7 @@ def test_manifest_and_files(tokens):
 
 def test_round_trip(tokens, corpus):
     manifest = DomainManifest.load(tokens / "domains.yaml")
-    tokenizer = Tokenizer.from_file(str(manifest.tokenizer))
+    tokenizer = Tokenizer.from_file(str(manifest.tokenizer.path))
     assert tokenizer.token_to_id("<|endoftext|>") == manifest.eod == 0
     for domain, splits in manifest.domains.items():
         for split, listed in splits.items():
@@ -119,10 +124,12 @@ def test_same_bytes_for_any_number_of_workers(corpus, tokens, tmp_path, run_tool
     assert all_bytes(tmp_path) == all_bytes(tokens)
 
 
-def test_same_bytes_for_any_batch_size(corpus, tokens, tmp_path, monkeypatch):
-    monkeypatch.setattr(preprocess_data, "BATCH_CHARACTERS", 1)
-    assert preprocess(corpus, tmp_path) == 0
-    assert all_bytes(tmp_path) == all_bytes(tokens)
+def test_same_bytes_for_any_batch_and_part_size(corpus, tokens, tmp_path, monkeypatch):
+    monkeypatch.setattr(parts, "BATCH_CHARACTERS", 1)
+    for part_bytes in (150, 1000):
+        output = tmp_path / str(part_bytes)
+        assert preprocess(corpus, output, "--part_bytes", part_bytes) == 0
+        assert all_bytes(output) == all_bytes(tokens)
 
 
 def test_files_by_name_pattern_and_field(tmp_path):
@@ -136,7 +143,7 @@ def test_files_by_name_pattern_and_field(tmp_path):
     )
     assert status == 0
     manifest = DomainManifest.load(tmp_path / "tokens" / "domains.yaml")
-    tokenizer = Tokenizer.from_file(str(manifest.tokenizer))
+    tokenizer = Tokenizer.from_file(str(manifest.tokenizer.path))
     texts = [decode(tokenizer, ids[:-1]) for ids in read_back(manifest, "web", "train")]
     assert texts == ["shard 0", "shard 1", "shard 2"]
     assert manifest.split("web", "validation").documents == 1
@@ -172,12 +179,12 @@ def test_large_vocabularies_take_wider_tokens(tmp_path):
 
 
 def test_tokenizer_is_trained_on_an_equal_share(tmp_path):
-    def source(domain: str, split: str, *files: list[str]) -> preprocess_data.Source:
+    def source(domain: str, split: str, *files: list[str]) -> Source:
         paths = (
             write_jsonl(tmp_path / f"{domain}_{split}_{number}.jsonl", texts)
             for number, texts in enumerate(files)
         )
-        return preprocess_data.Source(domain, split, tuple(paths))
+        return Source(domain, split, tuple(paths))
 
     sources = [
         source("small", "train", ["s" * 10]),
@@ -185,36 +192,21 @@ def test_tokenizer_is_trained_on_an_equal_share(tmp_path):
         source("shards", "train", ["a" * 90], ["b" * 90]),
         source("shards", "validation", ["v" * 90]),
     ]
-    sample = "".join(preprocess_data.tokenizer_sample(sources, "text", 180))
-    assert sample == "s" * 10 + "l" * 60 + "a" * 30 + "b" * 30
+    texts = "".join(sample(sources, Reading("text"), 180, skip_bad=False))
+    assert texts == "s" * 10 + "l" * 60 + "a" * 30 + "b" * 30
 
 
 @given(st.lists(st.text(), min_size=1, max_size=5))
-@settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_text_comes_back(tokens, tmp_path, texts):
-    tokenizer = Tokenizer.from_file(str(tokens / "tokenizer.json"))
-    writer = preprocess_data.SplitWriter(tmp_path, tokenizer, 0, 300, workers=1)
-    source = preprocess_data.Source(
-        "any", "train", (write_jsonl(tmp_path / "any.jsonl", ["first", *texts]),)
-    )
-    counts = writer.write(source, "text", lambda done: None)
-    manifest = DomainManifest(
-        path=tmp_path / "domains.yaml",
-        tokenizer=None,
-        vocab_size=300,
-        eod=0,
-        domains={
-            "any": {
-                "train": preprocess_data.DomainSplit(
-                    tmp_path / source.prefix, counts.documents, counts.tokens
-                )
-            }
-        },
-    )
+    path = write_jsonl(tmp_path / "any.jsonl", ["first", *texts])
+    options = ("--tokenizer", tokens / "tokenizer.json")
+    assert preprocess(f"any:train={path}", tmp_path / "out", *options) == 0
+    manifest = DomainManifest.load(tmp_path / "out" / "domains.yaml")
     manifest.check_files(["any"], ["train"])
+    tokenizer = Tokenizer.from_file(str(tokens / "tokenizer.json"))
     documents = read_back(manifest, "any", "train")
     assert [decode(tokenizer, ids[:-1]) for ids in documents] == ["first", *filter(None, texts)]
-    assert counts.empty == texts.count("")
 
 
 # Refusals ----------------------------------------------------------------------------------
@@ -249,7 +241,7 @@ def test_bad_lines(corpus, tmp_path, capsys, line, message, split):
     captured = capsys.readouterr()
     assert captured.err.startswith(f"error: {bad}: {message}")
     assert captured.err.count("\n") == 1
-    assert not list((tmp_path / "tokens").glob("*")), "nothing half-written is left"
+    assert not list((tmp_path / "tokens").glob("[!.]*")), "nothing half-written is left"
 
 
 @pytest.mark.parametrize(
@@ -273,13 +265,16 @@ def test_files_without_documents(corpus, tmp_path, capsys, content, message):
         ("{tmp}/missing", "--input {tmp}/missing: no such folder; give a folder, or DOMAIN:SPLIT"),
         ("{tmp}", "--input {tmp}: no <domain>/<split>.jsonl file in it"),
         ("a:train={tmp}/no*.jsonl", "--input a:train={tmp}/no*.jsonl: no such file, and no file"),
-        ("a:train={tmp}", "--input a:train={tmp}: {tmp} is not a file"),
+        ("a:train={tmp}/none", "--input a:train={tmp}/none: no file in {tmp}/none that can be"),
+        ("a:train={tmp}/a.pdf", "--input a:train={tmp}/a.pdf: {tmp}/a.pdf is of no kind that can"),
         ("a b:train={file}", "--input a b:train={file}: domain 'a b' must be a name made of"),
         ("a:in_sample={file}", "--input a:in_sample={file}: split 'in_sample' must be a name"),
     ],
 )
 def test_bad_inputs(tmp_path, capsys, value, message):
     words = {"tmp": tmp_path, "file": write_jsonl(tmp_path / "file.jsonl", ["x"])}
+    (tmp_path / "none").mkdir()
+    (tmp_path / "a.pdf").write_bytes(b"x")
     assert preprocess(value.format(**words), tmp_path / "tokens") == 2
     assert capsys.readouterr().err.startswith(f"error: {message.format(**words)}")
 
@@ -301,7 +296,11 @@ def test_a_file_given_twice(tmp_path, capsys):
     [
         (["--vocab_size", "256"], "--vocab_size (256) must be at least 257"),
         (["--workers", "0"], "--workers (0) must be at least 1"),
+        (["--part_bytes", "0"], "--part_bytes (0) must be at least 1"),
         (["--eod_token", "x"], "--eod_token is for --tokenizer"),
+        (["--shard", "0/2"], "--train_tokenizer cannot be sharded"),
+        (["--adopt", "a:train"], "--adopt a:train: write DOMAIN:SPLIT=PREFIX"),
+        (["--tokenizer_library", "tiktoken"], "--tokenizer_library tiktoken needs --tokenizer"),
         (["--tokenizer", "{tmp}/none"], "--tokenizer {tmp}/none: no such file"),
         (
             ["--tokenizer", "{corpus}/a_code/train.jsonl"],
@@ -320,6 +319,13 @@ def test_bad_options(corpus, tokens, tmp_path, capsys, options, message):
     assert preprocess(corpus, tmp_path, *given_options) == 2
     assert capsys.readouterr().err.startswith(f"error: {message.format(**folders)}")
     assert not all_bytes(tmp_path)
+
+
+def test_a_tokenizer_is_given_or_trained(corpus, tmp_path, capsys):
+    arguments = ["--input", str(corpus), "--output", str(tmp_path)]
+    for also in ([], ["--tokenizer", "x", "--train_tokenizer"]):
+        assert preprocess_data.main([*arguments, *also]) == 2
+        assert "give either --tokenizer or --train_tokenizer" in capsys.readouterr().err
 
 
 def test_a_tokenizer_cannot_be_trained_without_train_text(tmp_path, capsys):
