@@ -114,6 +114,16 @@ class DataConfig:
     """Where the indices of large domains' epochs are kept, for all ranks and later runs; it must be
     a folder that all nodes see. None: RUN_DIR/cache. Small domains have none on disk."""
 
+    reset_attention_mask: bool = False
+    """Intra-document masking: no token attends to an earlier document of its sample."""
+
+    reset_position_ids: bool = False
+    """Count positions anew in every document of a sample (matters to position_embedding_type
+    learned_absolute only)."""
+
+    eod_mask_loss: bool = False
+    """Leave out the loss where the input is an end-of-document token."""
+
     def __post_init__(self) -> None:
         require(self.sequence_length > 0, "data.sequence_length", "must be positive")
         require(self.domains != [], "data.domains", "must name a domain, or be left out for all")
@@ -590,6 +600,8 @@ class RunConfig:
         self.ddp.grad_reduce_in_fp32 = self.ddp.grad_reduce_in_fp32 or self.model.bf16
         if self.optimizer.min_lr is None:
             self.optimizer.min_lr = 0.0
+        if self.data.reset_attention_mask:
+            self.model.masked_softmax_fusion = False
 
     # Derived sizes ---------------------------------------------------------------------
 
@@ -689,6 +701,15 @@ class RunConfig:
         }
         for name, used in unsupported.items():
             require(not used, name, "is not supported yet; leave it at its default")
+        # Transformer Engine's causal attention, fused kernels and windows pay no heed to a mask.
+        local = model.transformer_impl == "local" or (
+            model.transformer_impl == "auto" and not torch.cuda.is_available()
+        )
+        require(
+            not self.data.reset_attention_mask or (local and model.window_size is None),
+            "data.reset_attention_mask",
+            "needs model.transformer_impl local, and no model.window_size",
+        )
         require(model.calculate_per_token_loss, "model.calculate_per_token_loss", "must stay true")
 
     def _check_layout(self, world_size: int) -> None:

@@ -1,6 +1,7 @@
 """Build everything, train, tear down."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,7 +30,7 @@ from megatron_tikmix.training.record import Recorder
 from megatron_tikmix.training.remix import Remixer
 from megatron_tikmix.training.rollout import Rollouts
 from megatron_tikmix.training.state import TrainState
-from megatron_tikmix.training.step import ForwardBackward, connect
+from megatron_tikmix.training.step import ForwardBackward, connect, forward_step
 
 Made = TypeVar("Made")
 
@@ -127,7 +128,11 @@ def build(config: RunConfig, data: TrainingData, recorder: Recorder, parallel: P
     model, optimizer, scheduler = together(parallel, build_training, _REFUSALS)
     connect(model, optimizer)
     forward_backward = ForwardBackward(
-        model, parallel, config.train.micro_batch_size, config.data.sequence_length
+        model,
+        parallel,
+        config.train.micro_batch_size,
+        config.data.sequence_length,
+        partial(forward_step, boundaries=data.boundaries),
     )
     state = TrainState(config.train.train_iters, data.initial_schedule())
     checkpointer = Checkpointer(
@@ -192,6 +197,9 @@ def fingerprint(config: RunConfig, data: TrainingData) -> dict[str, Any]:
     return {
         "seed": config.seed,
         "data.sequence_length": config.data.sequence_length,
+        "data.reset_position_ids": config.data.reset_position_ids,
+        "data.reset_attention_mask": config.data.reset_attention_mask,
+        "data.eod_mask_loss": config.data.eod_mask_loss,
         "train.global_batch_size": config.train.global_batch_size,
         "domains": data.names,
         "tokens": {name: data.manifest.split(name, "train").tokens for name in data.names},

@@ -5,6 +5,7 @@ from pathlib import Path
 from megatron_tikmix.config import RunConfig
 from megatron_tikmix.data.domain_stream import DomainStream
 from megatron_tikmix.data.domains import DomainManifest
+from megatron_tikmix.data.samples import DocumentBoundaries
 from megatron_tikmix.data.tasks import Task, build_task
 from megatron_tikmix.errors import InputError
 from megatron_tikmix.mixing import Mixture, MixtureSchedule, propose_mixture
@@ -21,6 +22,12 @@ class TrainingData:
         data = config.data
         self.manifest = DomainManifest.load(data.manifest)
         self.manifest.check_tokenizer()
+        self.boundaries = DocumentBoundaries(
+            self.manifest.eod,
+            reset_position_ids=data.reset_position_ids,
+            reset_attention_mask=data.reset_attention_mask,
+            eod_mask_loss=data.eod_mask_loss,
+        )
         self.names = list(data.domains or self.manifest.domains)
         self.manifest.check_files(self.names, ["train"])
         held_out = {name: t.domain for name, t in config.tasks.items() if t.domain is not None}
@@ -37,7 +44,12 @@ class TrainingData:
         ]
         self.tasks: list[Task] = [
             build_task(
-                name, task, self.manifest, seed=config.seed, sequence_length=data.sequence_length
+                name,
+                task,
+                self.manifest,
+                seed=config.seed,
+                sequence_length=data.sequence_length,
+                scores_first_token=not data.eod_mask_loss,
             )
             for name, task in config.tasks.items()
         ]

@@ -46,6 +46,7 @@ def read_items(
     vocab_size: int,
     eod: int,
     sequence_length: int,
+    needs_prompt: bool = False,
 ) -> list[Item]:
     """The items of a JSONL file, plain or compressed, one object a line.
 
@@ -56,6 +57,7 @@ def read_items(
 
     Args:
         task: the field of the configuration that names the file, for messages.
+        needs_prompt: refuse completions without a prompt.
 
     Raises:
         InputError: names the file and the line that is not what it must be.
@@ -75,6 +77,11 @@ def read_items(
                     f"{where} a token has id {max(*before, *after)}, and the manifest has a "
                     f"vocabulary of {vocab_size}: its tokenizer is another; preprocess the data "
                     f"again with this one"
+                )
+            if needs_prompt and not before:
+                raise InputError(
+                    f"{where} field {prompt_field!r} is empty, and with data.eod_mask_loss what "
+                    f"follows the end of a document does not count; give it a prompt"
                 )
             group = groups.setdefault(prompt, len(groups))
             items.append(_item([eod, *before], after, text, group, tokenizer, sequence_length))

@@ -1,6 +1,7 @@
 """What one training sample is, and how samples become a micro-batch."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -13,3 +14,41 @@ the same with a leading dimension, micro_batch_size."""
 def stack(samples: Sequence[Sample]) -> Sample:
     """A micro-batch: each tensor (micro_batch_size, sequence_length)."""
     return {key: torch.stack([sample[key] for sample in samples]) for key in samples[0]}
+
+
+@dataclass(frozen=True)
+class DocumentBoundaries:
+    """What the end-of-document tokens inside a sample do; by default nothing.
+
+    The three switches are those of megatron-core's GPTDatasetConfig, and do what they do there.
+    They are applied to a micro-batch on its device: a dataset would have to hand masks of
+    sequence_length² through worker processes.
+    """
+
+    eod: int
+    reset_position_ids: bool = False
+    reset_attention_mask: bool = False
+    eod_mask_loss: bool = False
+
+    def applied(self, batch: Sample) -> Sample:
+        """The micro-batch with its masks and positions changed.
+
+        ``attention_mask`` is bool (micro_batch_size, 1, sequence_length, sequence_length), true
+        where attention is cut off.
+        """
+        tokens = batch["tokens"]
+        ends = tokens == self.eod  # such a token still belongs to the document that it ends
+        places = torch.arange(tokens.shape[1], device=tokens.device)
+        changed = dict(batch)
+        if self.reset_attention_mask:
+            document = ends.cumsum(dim=1) - ends.long()
+            visible = document[:, :, None] == document[:, None, :]
+            visible &= places[:, None] >= places[None, :]
+            changed["attention_mask"] = ~visible[:, None]
+        if self.reset_position_ids:
+            first = torch.zeros_like(tokens)
+            first[:, 1:] = torch.where(ends[:, :-1], places[1:], 0)
+            changed["position_ids"] = places - first.cummax(dim=1).values
+        if self.eod_mask_loss:
+            changed["loss_mask"] = batch["loss_mask"].masked_fill(ends, 0.0)
+        return changed

@@ -55,16 +55,26 @@ class Task:
 
 
 def build_task(
-    name: str, config: TaskConfig, manifest: DomainManifest, *, seed: int, sequence_length: int
+    name: str,
+    config: TaskConfig,
+    manifest: DomainManifest,
+    *,
+    seed: int,
+    sequence_length: int,
+    scores_first_token: bool = True,
 ) -> Task:
     """The task that ``tasks.<name>`` describes.
+
+    Args:
+        scores_first_token: whether the loss on a document's first token counts. False with
+            ``data.eod_mask_loss``, where completions without a prompt are refused.
 
     Raises:
         InputError: its data is missing, is damaged, was made with another tokenizer, or is too
             little to be cut into items that decide and items that report.
     """
     if config.prompts is not None:
-        return _prompts(name, config, manifest, seed, sequence_length)
+        return _prompts(name, config, manifest, seed, sequence_length, scores_first_token)
     if config.domain is not None:
         split, source = manifest.split(config.domain, "validation"), config.domain
         what = f"the validation split of domain {config.domain}"
@@ -115,7 +125,12 @@ def _held_out(
 
 
 def _prompts(
-    name: str, config: TaskConfig, manifest: DomainManifest, seed: int, sequence_length: int
+    name: str,
+    config: TaskConfig,
+    manifest: DomainManifest,
+    seed: int,
+    sequence_length: int,
+    scores_first_token: bool,
 ) -> Task:
     """The task on the completions of a JSONL file, its prompts divided in two by `seed`."""
     assert config.prompts is not None
@@ -133,6 +148,7 @@ def _prompts(
         vocab_size=manifest.vocab_size,
         eod=manifest.eod,
         sequence_length=sequence_length,
+        needs_prompt=not scores_first_token,
     )
     decide, report = (
         CompletionStream(half, sequence_length=sequence_length, eod=manifest.eod)

@@ -13,7 +13,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from megatron_tikmix.data.samples import Sample
+from megatron_tikmix.data.samples import DocumentBoundaries, Sample
 from megatron_tikmix.parallel.initialize import Parallel
 
 LossSums = list[dict[str, torch.Tensor]]
@@ -21,12 +21,21 @@ LossSums = list[dict[str, torch.Tensor]]
 
 
 def forward_step(
-    data_iterator: Iterator[Sample], model: torch.nn.Module
+    data_iterator: Iterator[Sample],
+    model: torch.nn.Module,
+    boundaries: DocumentBoundaries | None = None,
 ) -> tuple[torch.Tensor, Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, dict]]]:
-    """megatron-core's `forward_step_func`: the model's output, and the function of its loss."""
+    """megatron-core's `forward_step_func`: the model's output, and the function of its loss.
+
+    Args:
+        boundaries: what documents in one sample are to each other; bind it before.
+    """
     device = next(model.parameters()).device
     batch = {k: v.to(device, non_blocking=True) for k, v in next(data_iterator).items()}
-    losses = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
+    if boundaries is not None:
+        batch = boundaries.applied(batch)
+    mask = batch.get("attention_mask")
+    losses = model(batch["tokens"], batch["position_ids"], mask, labels=batch["labels"])
     return losses, partial(loss_sums, batch["loss_mask"], batch.get("domain"))
 
 

@@ -35,6 +35,10 @@ CASES = {
     "domain shorter than a sample": ({"data.sequence_length": 20000}, "do not fill one sample"),
     "layout": ({"model.num_layers": 2, "model.num_attention_heads": 5}, "num_attention_heads"),
     "unsupported": ({"model.context_parallel_size": 2}, "context_parallel_size"),
+    "document masks and Transformer Engine": (
+        {"data.reset_attention_mask": True, "model.transformer_impl": "transformer_engine"},
+        "data.reset_attention_mask needs model.transformer_impl local",
+    ),
     "beta": ({"optimizer.adam_beta2": 1.0}, "optimizer.adam_beta2 (1.0)"),
     "no domains": ({"data.domains": []}, "data.domains"),
     "a domain twice": ({"data.domains": ["low", "low"]}, "each once"),
