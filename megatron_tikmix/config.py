@@ -11,9 +11,9 @@ import math
 import os
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jsonargparse import SUPPRESS, ArgumentError, ArgumentParser, set_parsing_settings
@@ -315,17 +315,12 @@ class RemixConfig:
                 f"remix.{name}",
                 "must be finite, and not negative",
             )
-        paper = self.preset == "paper"
-        if self.gain is None:
-            self.gain = "linear" if paper else "log"
-        if self.diversity_reference is None:
-            self.diversity_reference = "uniform" if paper else "prior"
-        if self.smoothing is None:
-            self.smoothing = 0.0 if paper else 0.5
         require(
-            not paper or self.gain == "linear", "remix.gain", "is linear with remix.preset paper"
+            self.preset != "paper" or self.gain in (None, "linear"),
+            "remix.gain",
+            "is linear with remix.preset paper",
         )
-        require(0 <= self.smoothing < 1, "remix.smoothing", "must be from 0 to below 1")
+        require(0 <= (self.smoothing or 0) < 1, "remix.smoothing", "must be from 0 to below 1")
         require(self.candidates >= 16, "remix.candidates", "must be at least 16")
         for name in ("start", "stop"):
             value = getattr(self, name)
@@ -335,6 +330,18 @@ class RemixConfig:
                 f"({value}) must be an iteration (a whole number), or a share of training from "
                 f"0.0 to 1.0",
             )
+
+    def settled(self) -> "RemixConfig":
+        """The same, with what is None given by the preset."""
+        paper = self.preset == "paper"
+        given: dict[str, Any] = {
+            "gain": "linear" if paper else "log",
+            "diversity_reference": "uniform" if paper else "prior",
+            "smoothing": 0.0 if paper else 0.5,
+        }
+        return replace(
+            self, **{name: value for name, value in given.items() if getattr(self, name) is None}
+        )
 
 
 @dataclass(kw_only=True)
@@ -592,6 +599,7 @@ class RunConfig:
         require(0 <= self.seed < 2**32, "seed", f"({self.seed}) must be from 0 to 2**32 - 1")
         require(self.timeout_minutes > 0, "timeout_minutes", "must be positive")
         require(bool(self.run_dir), "run_dir", "must name a folder")
+        self.remix = self.remix.settled()
         self.optimizer.bf16 = self.model.bf16
         self.optimizer.params_dtype = self.model.params_dtype
         self.optimizer.use_distributed_optimizer = True

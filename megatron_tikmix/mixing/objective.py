@@ -32,9 +32,9 @@ class Objective:
         diversity = H(w) = −Σ_j w_j ln w_j, or with a reference −KL(w ‖ reference)
 
     Losses fall with the logarithm of the tokens that serve them, about: what a task has much of
-    already is worth less to it. ℓ is that, with the slope and the value of the linear gain at P̂ = 1,
-    where the mixture is the best domain for the task and nothing else. So a task that gains little
-    pulls harder, and nothing else is needed to keep the mixture from one domain.
+    already is worth less to it. ℓ is that, with value and slope of the linear gain at P̂ = 1, where
+    the mixture is the best domain for the task and nothing else. So a task that gains little pulls
+    harder, and nothing else is needed to keep the mixture from one domain.
 
     The parts in P̂ take P̂ itself, float64 (V,), so that they hold for any way to predict it.
     Make one with :meth:`of`.

@@ -123,7 +123,7 @@ class Decider:
         task_weights: Mapping[str, float],
         samples_per_epoch: Mapping[str, int],
     ) -> None:
-        self._config = config
+        self._config = config.settled()
         self._seed = seed
         self._task_weights = dict(task_weights)
         self._samples_per_epoch = dict(samples_per_epoch)

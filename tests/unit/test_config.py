@@ -72,6 +72,8 @@ def test_the_distributed_optimizer_is_always_used(path: str) -> None:
         (["--seed", "-5"], "seed"),
         (["--nope", "1"], "unknown configuration field nope; see --help"),
         (["--remix.preset", "paper", "--tasks.low.weight", "2"], "tasks.low.weight"),
+        (["--remix.preset", "paper", "--remix.gain", "log"], "remix.gain is linear"),
+        (["--tasks", "{low: {domain: low, decides: false}}"], "tasks must have at least one"),
     ],
 )
 def test_refusals(path: str, arguments: list[str], words: str) -> None:
@@ -87,6 +89,33 @@ def test_missing_and_broken_files_are_named(tmp_path: Path) -> None:
     broken.write_text("model: [")
     with pytest.raises(InputError, match=r"broken\.yaml"):
         load_config([str(broken)])
+
+
+def test_the_preset_of_the_paper_is_the_paper(path: str) -> None:
+    """And what is resolved from it reads back as the same run."""
+    for preset, expected in (
+        ("null", ("log", "prior", 0.5)),
+        ("paper", ("linear", "uniform", 0.0)),
+    ):
+        config, resolved = load_config([path, "--remix.preset", preset])
+        remix = config.remix
+        assert (remix.gain, remix.diversity_reference, remix.smoothing) == expected
+        Path(path).with_name("again.yaml").write_text(resolved)
+        again, _ = load_config([str(Path(path).with_name("again.yaml"))])
+        assert again.remix == remix
+
+
+def test_the_first_interval_can_have_a_length_of_its_own(path: str) -> None:
+    config, _ = load_config([path, "--remix.first_interval_samples", "16"])
+    assert list(config.boundaries) == [2, 6, 10]  # then every 32 samples, 4 iterations
+    plain, _ = load_config([path])
+    assert list(plain.boundaries) == [4, 8]
+    for samples, words in (("12", "nearest are 8 and 16"), ("8", "before Adam's second moment")):
+        wrong, _ = load_config(
+            [path, "--remix.first_interval_samples", samples, "--optimizer.adam_beta2", "0.5"]
+        )
+        with pytest.raises(InputError, match=rf"remix\.first_interval_samples .*{words}"):
+            wrong.check(1)
 
 
 def test_pipeline_stages_must_divide_the_layers(path: str) -> None:

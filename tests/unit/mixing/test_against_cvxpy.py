@@ -138,7 +138,8 @@ def broken_by(problem, weights_D):
 
 
 def reference_value(problem):
-    """The optimum by ECOS, at the strictest tolerance of which it is sure; None if of none."""
+    """The optimum by ECOS, at the strictest tolerance of which it is sure, and by how much its
+    mixture breaks the worst constraint; None if of none."""
     for tolerance in (1e-10, 1e-8):
         settings = dict.fromkeys(("abstol", "reltol", "feastol"), tolerance)
         try:
@@ -148,7 +149,8 @@ def reference_value(problem):
         if problem.status == cp.OPTIMAL:
             w = _weights(problem)
             w.value = np.maximum(w.value, 0)  # −1e-15 would have no entropy
-            return problem.objective.value
+            broken = max(float(np.max(limit.violation())) for limit in problem.constraints)
+            return problem.objective.value, broken
     return None
 
 
@@ -167,7 +169,10 @@ def test_the_optimum_is_that_of_another_solver(first):
         if expected is None:
             unsure += 1
         else:
-            # With logarithms ECOS is less exact than it says: never below, sometimes above.
-            slack, most = (1e-6, 1e-6) if options["gain"] == "linear" else (3e-5, 2e-6)
-            assert expected - slack <= solution.objective <= expected + most, f"seed {seed}"
+            # With logarithms ECOS stops early, and its mixtures break constraints by up to 1e-6.
+            value, broken = expected
+            least, most = value - 1e-6, value + 1e-6 + 30 * broken
+            if options["gain"] == "log":
+                least -= 3e-5
+            assert least <= solution.objective <= most, f"seed {seed}"
     assert unsure <= CHUNK // 8, "too few cases were compared"

@@ -1,10 +1,19 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from scipy.stats import entropy
 
-from megatron_tikmix.mixing import Objective
+from megatron_tikmix.mixing import (
+    InfluenceMatrix,
+    Mixture,
+    MixtureConstraints,
+    Objective,
+    solve_tikmix_d,
+)
+from megatron_tikmix.mixing.objective import LOG_FLOOR
 
 seeds = given(st.integers(0, 2**32 - 1))
 some = settings(deadline=None, max_examples=60)
@@ -36,6 +45,37 @@ def test_the_three_parts_are_what_the_formula_says(seed):
 
 @seeds
 @some
+def test_the_logarithmic_gain_is_concave_and_touches_the_linear_one_at_1(seed):
+    """Against its definition as an infimum: the least of the tangents of 1 + ln x from 0.05 up."""
+    rng = np.random.default_rng(seed)
+    gains_V = rng.uniform(-1, 1, 3)
+    objective = Objective.of(np.eye(3), gain="log")
+    at = np.geomspace(LOG_FLOOR, 1, 200_001)[:, None]
+    lowest_V = (1 + np.log(at) + (gains_V - at) / at).min(axis=0)
+    assert objective.gain(gains_V)[0] == pytest.approx(4 * lowest_V.mean(), abs=1e-6)
+    ones = objective.gain(np.ones(3))
+    assert ones[0] == pytest.approx(4)
+    np.testing.assert_allclose(ones[1], 4 / 3)
+
+
+def test_tasks_of_their_own_domains_share_equally_under_the_logarithm():
+    """max Σ ln w_i on the simplex: no diversity term is needed, and the linear gain has none."""
+    influence = InfluenceMatrix(np.eye(3), domains=["a", "b", "c"], tasks=["t", "u", "v"])
+    prior = Mixture({"a": 0.8, "b": 0.1, "c": 0.1})
+    solution = solve_tikmix_d(
+        influence,
+        prior,
+        alpha=0.0,
+        gamma=0.0,
+        gain="log",
+        constraints=MixtureConstraints(pareto=False, max_total_variation=None),
+    )
+    assert solution.status == "solved"
+    assert solution.mixture.array() == pytest.approx([1 / 3] * 3, abs=1e-5)
+
+
+@seeds
+@some
 def test_gradients_equal_finite_differences(seed):
     rng, influence_VD, weights_D = case(seed)
     weights_D = 0.9 * weights_D + 0.1 / len(weights_D)
@@ -50,6 +90,9 @@ def test_gradients_equal_finite_differences(seed):
         np.testing.assert_allclose(part(at)[1], expected, atol=1e-6)
 
     check(objective.gain, gains_V)
+    logarithmic = replace(objective, gain_kind="log")
+    assume((abs(gains_V - LOG_FLOOR) > 1e-4).all())  # there the second derivative jumps
+    check(logarithmic.gain, gains_V)
     check(objective.diversity, weights_D)
     for smoothing in (0.0, std / 2, 2 * std):  # std itself, and its parabola
         check(lambda x, s=smoothing: objective.uniformity(x, s), gains_V)
