@@ -22,7 +22,7 @@ from megatron.core.optimizer import OptimizerConfig
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_tikmix.errors import InputError
-from megatron_tikmix.mixing import MixtureConstraints
+from megatron_tikmix.mixing import BatchSizes, MixtureConstraints
 
 
 @dataclass(kw_only=True)
@@ -182,12 +182,36 @@ class TrainConfig:
     global_batch_size: int = 8
     """Samples of one optimizer step, over all data-parallel ranks."""
 
+    rampup_batch_size: list[int] | None = None
+    """Megatron's batch-size ramp-up, [START, INCREMENT, SAMPLES]: the first global batches have
+    START samples, and in equal parts of SAMPLES samples they grow by INCREMENT to
+    global_batch_size."""
+
     log_interval: int = 10
     """Write a row of metrics.jsonl and TensorBoard every so many iterations."""
 
     def __post_init__(self) -> None:
         for name in ("train_iters", "micro_batch_size", "global_batch_size", "log_interval"):
             require(getattr(self, name) > 0, f"train.{name}", "must be positive")
+        ramp, size = self.rampup_batch_size, self.global_batch_size
+        if ramp is None:
+            self._batch_sizes = BatchSizes.constant(size)
+            return
+        require(len(ramp) == 3, "train.rampup_batch_size", "must be [START, INCREMENT, SAMPLES]")
+        start, increment, samples = ramp
+        try:
+            self._batch_sizes = BatchSizes.ramp_up(start, increment, samples, size)
+        except InputError as error:
+            raise InputError(f"train.rampup_batch_size: {error}") from None
+
+    @property
+    def batch_sizes(self) -> BatchSizes:
+        """Samples of each global batch."""
+        return self._batch_sizes
+
+    def consumed_samples(self, iteration: int) -> int:
+        """Samples of the first `iteration` iterations."""
+        return int(self._batch_sizes.samples_before(iteration))
 
 
 @dataclass(kw_only=True)
@@ -245,12 +269,19 @@ class ConstraintsConfig(MixtureConstraints):
 class RemixConfig:
     """When and how the mixture is reset."""
 
-    policy: Literal["tikmix_d", "tikmix_m", "static"] = "tikmix_d"
+    policy: Literal["tikmix_d", "tikmix_m", "static", "schedule"] = "tikmix_d"
     """`tikmix_d` solves for the mixture at every boundary, `tikmix_m` goes on from its answer with
-    a surrogate fitted to measured candidates; `static` keeps the initial one."""
+    a surrogate fitted to measured candidates; `static` keeps the initial one; `schedule` follows
+    the stages of the file or run named by `schedule`."""
 
     interval_samples: int | None = None
-    """Samples of one interval, a whole number of global batches. None: no boundary at all."""
+    """Samples of one interval, a whole number of global batches. None: no boundary at all. During a
+    batch-size ramp-up an interval ends with the batch that reaches its end."""
+
+    schedule: str | None = None
+    """`policy: schedule`: a YAML or JSON list of stages (`start_sample`, `weights`), or the run_dir
+    or ledger (mixture.jsonl) of a run to follow. It replaces interval_samples and
+    data.initial_mixture."""
 
     first_interval_samples: int | None = None
     """Samples of the first interval, on the initial mixture, where it is to be shorter or longer
@@ -319,6 +350,11 @@ class RemixConfig:
             self.preset != "paper" or self.gain in (None, "linear"),
             "remix.gain",
             "is linear with remix.preset paper",
+        )
+        require(
+            (self.policy == "schedule") == (self.schedule is not None),
+            "remix.schedule",
+            "goes with remix.policy schedule, and that needs it",
         )
         require(0 <= (self.smoothing or 0) < 1, "remix.smoothing", "must be from 0 to below 1")
         require(self.candidates >= 16, "remix.candidates", "must be at least 16")
@@ -571,7 +607,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         require(bool(self.tasks), "tasks", "must name at least one validation task")
         require(
-            bool(self.deciding_tasks) or self.remix.policy == "static",
+            bool(self.deciding_tasks) or self.remix.policy in ("static", "schedule"),
             "tasks",
             "must have at least one that decides; all have `decides: false`",
         )
@@ -614,26 +650,33 @@ class RunConfig:
     # Derived sizes ---------------------------------------------------------------------
 
     @property
+    def decides(self) -> bool:
+        """Whether mixtures are decided by influence at interval boundaries."""
+        follows = self.remix.policy in ("static", "schedule")
+        return not follows and self.remix.interval_samples is not None
+
+    @property
     def interval_iters(self) -> int | None:
-        """Iterations of one interval; None without boundaries."""
+        """Iterations of one interval, once batches are full; None without intervals."""
         samples = self.remix.interval_samples
         return None if samples is None else samples // self.train.global_batch_size
 
     @property
-    def first_interval_iters(self) -> int | None:
-        """Iterations of the first interval; None without boundaries."""
-        first = self.remix.first_interval_samples
-        if first is None or self.interval_iters is None:
-            return self.interval_iters
-        return first // self.train.global_batch_size
+    def boundaries(self) -> list[int]:
+        """The iterations after which an interval ends; none at the end of training."""
+        length, sizes = self.remix.interval_samples, self.train.batch_sizes
+        if length is None:
+            return []
+        first = self.remix.first_interval_samples or length
+        total = self.train.consumed_samples(self.train.train_iters)
+        ends = (sizes.end_from(reached) for reached in range(first, total, length))
+        return [int(sizes.batch_of(end)) for end in ends if end < total]
 
-    @property
-    def boundaries(self) -> range:
-        """The iterations after which the mixture can be reset; none at the end of training."""
-        first, length = self.first_interval_iters, self.interval_iters
-        if first is None or length is None:
-            return range(0)
-        return range(first, self.train.train_iters, length)
+    def first_reset(self) -> int | None:
+        """The first iteration at which the mixture may be reset; None if there is none."""
+        if not self.decides or not self.remix.apply:
+            return None
+        return next((at for at in self.boundaries if not self.outside_phase(at)), None)
 
     @property
     def deciding_tasks(self) -> dict[str, TaskConfig]:
@@ -764,20 +807,22 @@ class RunConfig:
             f"({model.num_layers}) must be a multiple of {layers_at_once} pipeline stages",
         )
         step = train.micro_batch_size * self.data_parallel_size(world_size)
-        require(
-            train.global_batch_size % step == 0,
-            "train.global_batch_size",
-            f"({train.global_batch_size}) must be a multiple of micro_batch_size "
-            f"{train.micro_batch_size} × {self.data_parallel_size(world_size)} data-parallel "
-            f"ranks = {step}",
-        )
-        require(
-            model.virtual_pipeline_model_parallel_size is None
-            or train.global_batch_size // step % pp == 0,
-            "train.global_batch_size",
-            f"({train.global_batch_size}) must give a multiple of {pp} micro-batches, for the "
-            f"interleaved pipeline; it gives {train.global_batch_size // step}",
-        )
+        for _, size in train.batch_sizes.steps:
+            field, of = "train.global_batch_size", f"({size})"
+            if size != train.global_batch_size:
+                field, of = "train.rampup_batch_size", f"gives batches of {size}, which"
+            require(
+                size % step == 0,
+                field,
+                f"{of} must be a multiple of micro_batch_size {train.micro_batch_size} × "
+                f"{self.data_parallel_size(world_size)} data-parallel ranks = {step}",
+            )
+            require(
+                model.virtual_pipeline_model_parallel_size is None or size // step % pp == 0,
+                field,
+                f"{of} must give a multiple of {pp} micro-batches, for the interleaved "
+                f"pipeline; it gives {size // step}",
+            )
 
     def _check_schedule(self) -> None:
         lr, min_lr = self.optimizer.lr, self.optimizer.min_lr
@@ -815,7 +860,7 @@ class RunConfig:
             "remix.first_interval_samples",
             "goes with remix.interval_samples",
         )
-        if remix.interval_samples is None:
+        if remix.interval_samples is None or remix.policy == "schedule":
             return
         first = (
             "interval_samples" if remix.first_interval_samples is None else "first_interval_samples"
@@ -831,12 +876,12 @@ class RunConfig:
             )
         samples = getattr(remix, first)
         settled = math.ceil(3 / (1 - self.optimizer.adam_beta2))
+        sizes = self.train.batch_sizes
+        begins = int(sizes.batch_of(sizes.end_from(samples)))
         require(
-            remix.policy == "static"
-            or self.probe.curvature != "adam"
-            or samples // batch >= settled,
+            remix.policy == "static" or self.probe.curvature != "adam" or begins >= settled,
             f"remix.{first}",
-            f"({samples}) puts the first boundary at iteration {samples // batch}, before Adam's "
+            f"({samples}) puts the first boundary at iteration {begins}, before Adam's "
             f"second moment has settled (3 / (1 − adam_beta2) = {settled} iterations); use at "
             f"least {settled * batch}, a smaller optimizer.adam_beta2, or probe.curvature identity",
         )

@@ -80,7 +80,8 @@ def load_data(config: RunConfig) -> TrainingData:
         InputError: data that cannot be trained on, or constraints that it does not fit.
     """
     data = TrainingData(config)
-    if config.remix.policy != "static" and config.remix.interval_samples is not None:
+    data.check_repetition(config)
+    if config.decides and config.remix.interval_samples is not None:
         build_decider(config, data).check(
             data.initial_schedule().mixture(0), config.remix.interval_samples
         )
@@ -145,6 +146,7 @@ def build(config: RunConfig, data: TrainingData, recorder: Recorder, parallel: P
         keep=config.checkpoint.keep,
     )
     checkpointer.load_latest(state)
+    check_followed(data, state, config)
     return Run(
         config=config,
         parallel=parallel,
@@ -165,9 +167,40 @@ def build(config: RunConfig, data: TrainingData, recorder: Recorder, parallel: P
             config, data, forward_backward, optimizer, scheduler, recorder, plan
         ),
         probe_plan=plan,
+        boundaries=data.stage_boundaries(config),
+        planned=data.planned,
         checkpointer=checkpointer,
         recorder=recorder,
     )
+
+
+def check_followed(data: TrainingData, state: TrainState, config: RunConfig) -> None:
+    """Refuse to go on with a schedule that a resumed run has not followed so far.
+
+    Raises:
+        InputError: names the first stage that differs.
+    """
+    if data.planned is None or not state.ledger:
+        return
+    planned, done = data.planned.stages, state.schedule.stages
+    for index, stage in enumerate(done):
+        same = (
+            index < len(planned)
+            and planned[index].start_sample == stage.start_sample
+            and (planned[index].integer_weights_D == stage.integer_weights_D).all()
+        )
+        if not same:
+            raise InputError(
+                f"remix.schedule: stage {index} of {config.remix.schedule} is not the one that the "
+                f"checkpoint was trained with, from sample {stage.start_sample} on; keep the "
+                f"stages that have begun, or use another run_dir"
+            )
+    if any(stage.start_sample < state.consumed_samples for stage in planned[len(done) :]):
+        raise InputError(
+            f"remix.schedule: stage {len(done)} of {config.remix.schedule} begins before the "
+            f"checkpoint, which was trained without it; let it begin at sample "
+            f"{state.consumed_samples} or later, or use another run_dir"
+        )
 
 
 # What makes two models of the same configuration class different ones.
@@ -201,6 +234,7 @@ def fingerprint(config: RunConfig, data: TrainingData) -> dict[str, Any]:
         "data.reset_attention_mask": config.data.reset_attention_mask,
         "data.eod_mask_loss": config.data.eod_mask_loss,
         "train.global_batch_size": config.train.global_batch_size,
+        "train.rampup_batch_size": config.train.rampup_batch_size,
         "domains": data.names,
         "tokens": {name: data.manifest.split(name, "train").tokens for name in data.names},
         "vocab_size": data.manifest.vocab_size,

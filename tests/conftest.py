@@ -153,7 +153,11 @@ def overridden(settings: dict[str, Any], overrides: dict[str, Any]) -> dict[str,
 
 
 def launch(
-    settings: dict[str, Any], ranks: int = 1, check: bool = True, **environment: str
+    settings: dict[str, Any],
+    ranks: int = 1,
+    check: bool = True,
+    module: str = "megatron_tikmix",
+    **environment: str,
 ) -> subprocess.CompletedProcess[str]:
     """Run ``python -m megatron_tikmix`` on `ranks` processes, through torchrun if more than one."""
     folder = Path(settings["run_dir"]).parent
@@ -161,7 +165,7 @@ def launch(
     config.write_text(yaml.safe_dump(settings))
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     result = subprocess.run(
-        [sys.executable, *(torchrun if ranks > 1 else []), "-m", "megatron_tikmix", str(config)],
+        [sys.executable, *(torchrun if ranks > 1 else []), "-m", module, str(config)],
         capture_output=True,
         text=True,
         timeout=300,

@@ -7,8 +7,9 @@ from torch.utils.data import Dataset
 
 from megatron_tikmix.data.domain_stream import DomainStream
 from megatron_tikmix.data.samples import Sample
+from megatron_tikmix.errors import InputError
 from megatron_tikmix.mixing import MixtureSchedule
-from megatron_tikmix.parallel.collectives import barrier
+from megatron_tikmix.parallel.collectives import agree_on_input
 from megatron_tikmix.parallel.initialize import Parallel
 
 
@@ -59,12 +60,18 @@ class BlendedDataset(Dataset[Sample]):
             )
         ]
         if self._parallel is not None:
-            if self._parallel.is_main:
-                for stream, epochs in needed:
-                    stream.write_indices(epochs)
-            barrier(self._parallel)
+            problem = self._write_indices(needed) if self._parallel.is_main else None
+            agree_on_input(problem, self._parallel)
         for stream, epochs in needed:
             stream.prepare(epochs)
+
+    def _write_indices(self, needed: list[tuple[DomainStream, range]]) -> InputError | None:
+        try:
+            for stream, epochs in needed:
+                stream.write_indices(epochs)
+        except InputError as error:
+            return error
+        return None
 
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_parallel": None}  # a worker makes no collective

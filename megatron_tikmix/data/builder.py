@@ -5,10 +5,11 @@ from pathlib import Path
 from megatron_tikmix.config import RunConfig
 from megatron_tikmix.data.domain_stream import DomainStream
 from megatron_tikmix.data.domains import DomainManifest
+from megatron_tikmix.data.repetition import first_shortage
 from megatron_tikmix.data.samples import DocumentBoundaries
 from megatron_tikmix.data.tasks import Task, build_task
 from megatron_tikmix.errors import InputError
-from megatron_tikmix.mixing import Mixture, MixtureSchedule, propose_mixture
+from megatron_tikmix.mixing import Mixture, MixtureSchedule, ScheduleFile, propose_mixture
 
 
 class TrainingData:
@@ -54,8 +55,11 @@ class TrainingData:
             for name, task in config.tasks.items()
         ]
         self.deciding_tasks = [t for t in self.tasks if config.tasks[t.name].decides]
-        self._initial_mixture = self._read_initial_mixture(config)
-        self._order = (self.names, config.train.global_batch_size, config.seed)
+        self._order = (self.names, config.train.batch_sizes, config.seed)
+        self.planned, self.replays = self._read_schedule(config)
+        self._initial_mixture = (
+            self.planned.mixture(0) if self.planned else self._read_initial_mixture(config)
+        )
         self.initial_schedule()  # refuses a domain named twice before anything is built
 
     def stream(
@@ -78,11 +82,68 @@ class TrainingData:
         schedule.append(0, self._initial_mixture.rounded())
         return schedule
 
+    def _read_schedule(self, config: RunConfig) -> tuple[MixtureSchedule | None, str]:
+        """The schedule to follow, if there is one; and in words, what of a run it repeats."""
+        if config.remix.schedule is None:
+            return None, ""
+        try:
+            file = ScheduleFile.read(config.remix.schedule)
+            planned = file.schedule(*self._order)
+        except InputError as error:
+            raise InputError(f"remix.schedule: {error}") from error
+        mine = {
+            "seed": config.seed,
+            "data.sequence_length": config.data.sequence_length,
+            "train.global_batch_size": config.train.global_batch_size,
+            "train.rampup_batch_size": config.train.rampup_batch_size,
+        }
+        different = file.differences(mine, self.names)
+        if file.config is None:
+            return planned, f"the stages of {file.path}"
+        if different:
+            return planned, f"the mixtures of {file.path}, not its samples: {'; '.join(different)}"
+        return planned, f"the mixtures and the samples of {file.path}"
+
+    def stage_boundaries(self, config: RunConfig) -> list[int]:
+        """Iterations, below train_iters, at which a stage begins, after the first one."""
+        if self.planned is None:
+            return config.boundaries
+        sizes = config.train.batch_sizes
+        starts = [int(sizes.batch_of(stage.start_sample)) for stage in self.planned.stages[1:]]
+        return [iteration for iteration in starts if iteration < config.train.train_iters]
+
+    def check_repetition(self, config: RunConfig) -> None:
+        """Refuse a mixture that is settled from the start and takes more than `max_epochs`.
+
+        Raises:
+            InputError: says which domain runs dry, when, and what would help.
+        """
+        caps = config.remix.constraints.max_epochs
+        if caps is None:
+            return
+        train, reset = config.train, config.first_reset()
+        end = train.consumed_samples(train.train_iters if reset is None else reset)
+        schedule = self.planned or self.initial_schedule()
+        per_epoch = {stream.name: stream.samples_per_epoch for stream in self.streams}
+        short = first_shortage(schedule, end, per_epoch, caps)
+        if short is None:
+            return
+        until = "the end" if reset is None else f"the first reset, at iteration {reset},"
+        iteration = int(train.batch_sizes.batch_of(short.sample))
+        weight = f"lower its weight to {short.largest_weight:.4g} at most"
+        if self.planned:
+            weight = f"lower its weights in {config.remix.schedule}"
+        raise InputError(
+            f"remix.constraints.max_epochs: domain {short.domain} would run dry at sample "
+            f"{short.sample}, in iteration {iteration + 1}: by {until} its mixture takes "
+            f"{short.epochs:.4g} epochs of it, and {short.most_epochs:g} are allowed; {weight}, "
+            f"raise max_epochs, or stop at train.train_iters {iteration}"
+        )
+
     def _read_initial_mixture(self, config: RunConfig) -> Mixture:
         initial = config.data.initial_mixture
         if isinstance(initial, str):
-            train = config.train
-            samples = train.train_iters * train.global_batch_size
+            samples = config.train.consumed_samples(config.train.train_iters)
             tokens = {name: self.manifest.split(name, "train").tokens for name in self.names}
             try:
                 return propose_mixture(

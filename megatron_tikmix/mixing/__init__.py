@@ -15,6 +15,7 @@ from megatron_tikmix.mixing.schedule import (
     SampleLocations,
     Stage,
 )
+from megatron_tikmix.mixing.schedule_file import ScheduleFile
 from megatron_tikmix.mixing.solution import MixtureSolution
 from megatron_tikmix.mixing.surrogate import MixtureSurrogate, SurrogateSkill
 from megatron_tikmix.mixing.tikmix_d import solve_tikmix_d
@@ -34,6 +35,7 @@ __all__ = [
     "Objective",
     "SampleLocation",
     "SampleLocations",
+    "ScheduleFile",
     "Stage",
     "StageBlend",
     "SurrogateSkill",

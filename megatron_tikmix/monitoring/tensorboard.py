@@ -68,6 +68,7 @@ class TensorBoardWriter:
         """A stage of the mixture; the row of the stage before lets the words name what moved."""
         iteration = ledger_row["start_iteration"]
         self._scalars("mixture/weight", ledger_row["weights"], iteration)
+        self._scalars("mixture/epochs", ledger_row.get("domain_epochs"), iteration)
         for field in ("influence", "influence_se"):
             for task, values in (ledger_row.get(field) or {}).items():
                 self._scalars(f"{field}/{task}", values, iteration)

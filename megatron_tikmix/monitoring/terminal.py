@@ -107,6 +107,9 @@ class Terminal:
         for part in boundary_table(former_row, row, domain_tokens, self._console.width, MOST_TASKS):
             self._console.print(part)
         self.say(decision_in_words(None, row))  # the moves are in the table
+        repeated = _repeated(row.get("domain_epochs") or {})
+        if repeated:
+            self.say(repeated)
         self.say("")
 
     def evaluation(self, iteration: int, task_loss: Mapping[str, float | None]) -> None:
@@ -153,6 +156,16 @@ class Terminal:
         done = iteration - self._start
         elapsed = self._clock() - self._began  # boundaries included: they will come again
         return elapsed / done * (self._total - iteration) if done > 0 else None
+
+
+def _repeated(epochs: Mapping[str, float]) -> str:
+    """The domains whose second pass has begun, the most often seen first; empty without any."""
+    seen = sorted((name for name in epochs if epochs[name] > 1), key=lambda name: -epochs[name])
+    if not seen:
+        return ""
+    shown = ", ".join(f"{clean(name)} {number(epochs[name], 2)}" for name in seen[:MOST_TASKS])
+    more = f", and {len(seen) - MOST_TASKS} more" if len(seen) > MOST_TASKS else ""
+    return f"Epochs so far, of domains in their second or later: {shown}{more}."
 
 
 def _standard_error(quiet: bool) -> Console:

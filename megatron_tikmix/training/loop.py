@@ -1,5 +1,6 @@
 """The training loop: intervals, and a boundary between each two."""
 
+import bisect
 import math
 import time
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ from megatron_tikmix.data.domain_stream import DomainStream
 from megatron_tikmix.data.loader import DataParallelLoader
 from megatron_tikmix.data.tasks import Task
 from megatron_tikmix.errors import TrainingError
-from megatron_tikmix.mixing import Mixture
+from megatron_tikmix.mixing import Mixture, MixtureSchedule
 from megatron_tikmix.parallel.collectives import check_same_on_all_ranks, sum_over_ranks
 from megatron_tikmix.parallel.initialize import Parallel
 from megatron_tikmix.training.checkpoint import Checkpointer
@@ -28,7 +29,12 @@ from megatron_tikmix.training.step import ForwardBackward, LossSums, StepResult,
 
 @dataclass
 class Run:
-    """Everything a run is made of, as :func:`megatron_tikmix.pretrain.build` puts it together."""
+    """Everything a run is made of, as :func:`megatron_tikmix.pretrain.build` puts it together.
+
+    Attributes:
+        boundaries: iterations, below the last one, at which a stage begins after the first.
+        planned: the schedule that is followed, if one was given; None where the run decides.
+    """
 
     config: RunConfig
     parallel: Parallel
@@ -41,6 +47,8 @@ class Run:
     tasks: list[Task]
     remixer: Remixer | None
     probe_plan: ProbePlan | None
+    boundaries: list[int]
+    planned: MixtureSchedule | None
     checkpointer: Checkpointer
     recorder: Recorder
 
@@ -50,14 +58,13 @@ class Run:
 
     def interval_end(self) -> int:
         """The iteration at which the interval being trained ends."""
-        ahead = [at for at in self.config.boundaries if at > self.state.iteration]
-        return min(ahead, default=self.config.train.train_iters)
+        later = bisect.bisect_right(self.boundaries, self.state.iteration)
+        return [*self.boundaries, self.config.train.train_iters][later]
 
     def at_boundary(self) -> bool:
         """Whether an interval has just ended, and the next one has no stage yet."""
-        stage = self.state.schedule.stages[-1]
-        just_ended = self.state.iteration in self.config.boundaries
-        return just_ended and self.state.consumed_samples > stage.start_sample
+        begun = self.state.schedule.stages[-1].start_sample
+        return self.state.iteration in self.boundaries and self.state.consumed_samples > begun
 
 
 def train(run: Run) -> None:
@@ -84,7 +91,15 @@ def reset_mixture(run: Run, task_loss: dict[str, float]) -> None:
     """Decide the next interval's mixture, and open its stage. Collective."""
     state = run.state
     at = boundary(run)
-    decision = run.remixer.remix(at) if run.remixer else None
+    decision: Decision | None
+    if run.planned is not None:
+        decision = Decision(
+            run.planned.mixture(at.stage),
+            source="schedule",
+            reason=f"stage {at.stage} of {run.config.remix.schedule}",
+        )
+    else:
+        decision = run.remixer.remix(at) if run.remixer else None
     state.schedule.append(state.consumed_samples, decision.mixture if decision else at.prior)
     check_same_on_all_ranks(state.schedule.digest(), "the mixture schedule", run.parallel)
     open_stage(run, decision, task_loss)
@@ -99,8 +114,8 @@ def boundary(run: Run) -> Boundary:
         iteration=state.iteration,
         prior=state.schedule.mixture(-1),
         consumed=dict(zip(run.domains, counts_D.tolist(), strict=True)),
-        interval_samples=(run.interval_end() - state.iteration)
-        * run.config.train.global_batch_size,
+        interval_samples=run.config.train.consumed_samples(run.interval_end())
+        - state.consumed_samples,
         ledger=state.ledger,
     )
 
@@ -110,19 +125,20 @@ def train_interval(run: Run, until: int) -> dict[str, Any]:
     config, state = run.config.train, run.state
     per_pass = config.micro_batch_size * run.parallel.data_parallel_size
     batches = run.loader.interval(
-        state.consumed_samples, (until - state.iteration) * config.global_batch_size
+        state.consumed_samples, config.consumed_samples(until) - state.consumed_samples
     )
     meter = LossMeter(run.domains, run.parallel)
     while True:
+        batch_size = config.batch_sizes.size_at(state.consumed_samples)
         result = train_step(
             run.forward_backward,
             batches,
-            config.global_batch_size // per_pass,
+            batch_size // per_pass,
             run.optimizer,
             run.scheduler,
-            config.global_batch_size,
+            batch_size,
         )
-        state.advance(config.global_batch_size, skipped=result.skipped)
+        state.advance(batch_size, skipped=result.skipped)
         meter.add(result.loss_sums)
         check_finite(result, state)
         if state.iteration == until:
@@ -200,7 +216,7 @@ def open_stage(run: Run, decision: Decision | None, task_loss: dict[str, float])
         "start_iteration": state.iteration,
         "start_sample": state.consumed_samples,
         "source": "initial" if not state.ledger else "kept",
-        "reason": "the initial mixture" if not state.ledger else "remix.policy is static",
+        "reason": _first_reason(run) if not state.ledger else "remix.policy is static",
         "weights": mixture.to_json(),
         "effective_domains": mixture.effective_domains,
         "influence": None,
@@ -228,6 +244,10 @@ def open_stage(run: Run, decision: Decision | None, task_loss: dict[str, float])
         row |= decision.to_json()
     state.ledger.append(row)
     run.recorder.stage(state.ledger)
+
+
+def _first_reason(run: Run) -> str:
+    return f"stage 0 of {run.config.remix.schedule}" if run.planned else "the initial mixture"
 
 
 class LossMeter:

@@ -19,22 +19,23 @@ def build_optimizer(
 
 def build_scheduler(config: RunConfig, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:
     """Learning-rate and weight-decay schedule, counted in samples as in Megatron."""
-    batch, schedule = config.train.global_batch_size, config.scheduler
+    schedule, samples = config.scheduler, config.train.consumed_samples
     decay_iters = schedule.lr_decay_iters or config.train.train_iters
+    decay_samples = samples(decay_iters)
     weight_decay = config.optimizer.weight_decay
     return OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
         max_lr=config.optimizer.lr,
         min_lr=config.optimizer.min_lr,
-        lr_warmup_steps=schedule.lr_warmup_iters * batch,
-        lr_decay_steps=decay_iters * batch,
+        lr_warmup_steps=samples(schedule.lr_warmup_iters),
+        lr_decay_steps=decay_samples,
         lr_decay_style=schedule.lr_decay_style,
         start_wd=weight_decay,
         end_wd=weight_decay,
-        wd_incr_steps=decay_iters * batch,
+        wd_incr_steps=decay_samples,
         wd_incr_style="constant",
-        wsd_decay_steps=(schedule.lr_wsd_decay_iters or 0) * batch,
+        wsd_decay_steps=decay_samples - samples(decay_iters - (schedule.lr_wsd_decay_iters or 0)),
         lr_wsd_decay_style="exponential",
         # A resumed run follows its configuration, not what the checkpoint remembers of it.
         use_checkpoint_opt_param_scheduler=False,

@@ -7,6 +7,7 @@ import torch
 
 from megatron_tikmix.config import RunConfig
 from megatron_tikmix.data.builder import TrainingData
+from megatron_tikmix.data.repetition import planned_samples
 from megatron_tikmix.data.tasks import Task
 from megatron_tikmix.training.probe_plan import plan_probe
 
@@ -26,7 +27,8 @@ def describe(config: RunConfig, world_size: int, data: TrainingData) -> str:
             ("training", _training(config)),
             ("domains", _domains(config, data)),
             ("tasks", ", ".join(map(_task, data.tasks))),
-            ("mixture", _mixture(config)),
+            ("mixture", _mixture(config, data)),
+            ("repetition", _repetition(config, data)),
             ("probe", _probe(config, world_size, data)),
             ("rollouts", _rollouts(config)),
         )
@@ -56,9 +58,14 @@ def _layout(config: RunConfig, world_size: int) -> str:
 
 def _training(config: RunConfig) -> str:
     train = config.train
-    samples = train.train_iters * train.global_batch_size
+    samples = train.consumed_samples(train.train_iters)
+    batches = f"{train.global_batch_size:,} samples"
+    if not train.batch_sizes.is_constant:
+        steps = train.batch_sizes.steps
+        full = int(train.batch_sizes.batch_of(steps[-1][0]))
+        batches = f"{steps[0][1]:,} to {batches} (full from iteration {full + 1:,} on)"
     return (
-        f"{train.train_iters:,} iterations × {train.global_batch_size:,} samples × "
+        f"{train.train_iters:,} iterations × {batches} × "
         f"{config.data.sequence_length:,} tokens = {samples * config.data.sequence_length:,} tokens"
     )
 
@@ -79,17 +86,26 @@ _HOW = {
 }
 
 
-def _mixture(config: RunConfig) -> str:
-    boundaries = config.boundaries
+def _mixture(config: RunConfig, data: TrainingData) -> str:
+    boundaries = data.stage_boundaries(config)
+    if data.planned is not None:
+        later = len(data.planned.stages) - 1 - len(boundaries)
+        return (
+            f"{data.replays}; stages begin at iterations {_listed([0, *boundaries])}"
+            + (f", and {later} more after the run's end" if later else "")
+            + "; remix.interval_samples and data.initial_mixture are not used"
+        )
     if not boundaries:
         return "the initial one throughout: no interval boundary before the end"
     text = (
         f"{_HOW[config.remix.policy]} at {len(boundaries)} boundaries, every "
         f"{config.interval_iters:,} iterations"
     )
-    if config.first_interval_iters != config.interval_iters:
-        text += f" from iteration {config.first_interval_iters:,} on"
-    if config.remix.policy != "static":
+    if not config.train.batch_sizes.is_constant:
+        text += " of full batches"
+    if config.remix.first_interval_samples not in (None, config.remix.interval_samples):
+        text += f" from iteration {boundaries[0]:,} on"
+    if config.decides:
         kept = [at for at in boundaries if config.outside_phase(at)]
         if kept:
             text += f"; but not at {len(kept)} of them: {config.outside_phase(kept[-1])}"
@@ -98,9 +114,30 @@ def _mixture(config: RunConfig) -> str:
     return text
 
 
+def _listed(iterations: list[int]) -> str:
+    shown = ", ".join(f"{iteration:,}" for iteration in iterations[:6])
+    return shown if len(iterations) <= 6 else f"{shown}, … ({len(iterations)} in all)"
+
+
+def _repetition(config: RunConfig, data: TrainingData) -> str:
+    """The domains seen most often, as far as the mixture is settled before training."""
+    train, reset = config.train, config.first_reset()
+    end = train.train_iters if reset is None else reset
+    samples_D = planned_samples(
+        data.planned or data.initial_schedule(), train.consumed_samples(end)
+    )
+    epochs = [n / s.samples_per_epoch for n, s in zip(samples_D, data.streams, strict=True)]
+    most = sorted(zip(epochs, data.names, strict=True), reverse=True)[:3]
+    shown = ", ".join(f"{name} {passes:.3g}" for passes, name in most)
+    until = "in the whole run" if reset is None else f"until the first reset, at iteration {end:,}"
+    caps = config.remix.constraints.max_epochs
+    limit = "" if caps is None else f"; at most {caps} (remix.constraints.max_epochs)"
+    return f"epochs {until}: {shown}{limit}"
+
+
 def _rollouts(config: RunConfig) -> str:
     """What short continuations cost at one boundary, in iterations of training."""
-    if config.interval_iters is None or not config.needs_rollouts:
+    if config.interval_iters is None or not config.decides or not config.needs_rollouts:
         return "none"
     parts = []
     remix, rollout, audit = config.remix, config.rollout, config.audit

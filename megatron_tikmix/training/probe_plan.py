@@ -100,7 +100,7 @@ def plan_probe(config: RunConfig, world_size: int, data: TrainingData) -> ProbeP
     Raises:
         InputError: it cannot be brought within `probe.max_overhead` with 8 sub-batches or more.
     """
-    if config.interval_iters is None or config.remix.policy == "static":
+    if not config.decides:
         return None
     plan = _as_configured(config, world_size, data)
     while not plan.affordable and plan.sub_batches > MIN_SUB_BATCHES:

@@ -57,6 +57,28 @@ CASES = {
     "constraint on an unknown domain": ({"remix.constraints": {"fixed": ["law"]}}, "law"),
     "a start of neither kind": ({"remix.start": 1.5}, "remix.start"),
     "an audit that is required and not made": ({"remix.require_audit": True}, "audit.enabled"),
+    "a ramp-up that leads elsewhere": (
+        {"train.rampup_batch_size": [2, 4, 100]},
+        "train.rampup_batch_size: a batch-size ramp-up [2, 4, 100] does not lead to batches of 8",
+    ),
+    "ramp-up and micro-batches": (
+        {"train.rampup_batch_size": [4, 1, 100]},
+        "train.rampup_batch_size gives batches of 5, which must be a multiple of micro_batch_size",
+    ),
+    "a policy without its schedule": ({"remix.policy": "schedule"}, "remix.schedule goes with"),
+    "a schedule that is not there": (
+        {"remix.policy": "schedule", "remix.schedule": "nowhere.yaml"},
+        "remix.schedule: nowhere.yaml: no such schedule",
+    ),
+    "a domain that runs dry": (
+        # 12 iterations × 8 samples, a third of them from each domain of some 150 samples.
+        {"remix.policy": "static", "remix.constraints.max_epochs": {"low": 0.1}},
+        "domain low would run dry at sample",
+    ),
+    "a domain that runs dry before the first reset": (
+        {"remix.constraints.max_epochs": {"low": 0.01}},
+        "by the first reset, at iteration 4, its mixture takes",
+    ),
     "precision without a limit": ({"probe.precision": 0.05}, "probe.max_tokens or"),
 }
 

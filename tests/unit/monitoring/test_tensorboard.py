@@ -36,6 +36,7 @@ def expected_scalars(ledger, metrics, realised):
     for row in ledger:
         step = row["start_iteration"]
         put("mixture/weight", row["weights"], step)
+        put("mixture/epochs", row["domain_epochs"], step)
         put("validation/loss", row["task_loss"], step)
         expected["mixture/effective_domains", step] = row["effective_domains"]
         if row["influence"]:

@@ -89,6 +89,19 @@ def test_a_boundary_shows_every_domain_with_its_influence(tmp_path, tasks):
     assert "Probe: 98.3 k tokens in 3.2 s." in words
 
 
+def test_domains_that_are_repeated_are_told(tmp_path):
+    lines, _, row = boundary(SIX, ["a"], tmp_path)
+    epochs = {name: value for name, value in row["domain_epochs"].items() if value > 1}
+    assert not epochs
+    assert "Epochs so far" not in " ".join(lines)
+    console = plain()
+    terminal = Terminal(360, console=console)
+    row["domain_epochs"] = {**row["domain_epochs"], SIX[1]: 3.14159, SIX[2]: 1.5}
+    terminal.boundary(None, row, {})
+    words = " ".join(console.file.getvalue().split())
+    assert f"in their second or later: {SIX[1]} 3.14, {SIX[2]} 1.50." in words
+
+
 @pytest.mark.parametrize("tasks", [["arc", "piqa"], list("abcdef"), [f"t{i}" for i in range(57)]])
 def test_of_many_domains_the_largest_moves_are_shown(tmp_path, tasks):
     domains = [f"crawl_{i:03d}_{'x' * (i % 60)}" for i in range(200)]
