@@ -31,6 +31,7 @@ class BlendedDataset(Dataset[Sample]):
     ) -> None:
         self._schedule = schedule
         self._streams = list(streams)
+        self._domains = torch.arange(len(streams)).unbind()
         self._parallel = parallel
 
     def __getitem__(self, index: int) -> Sample:
@@ -42,7 +43,7 @@ class BlendedDataset(Dataset[Sample]):
         places = self._schedule.locate_many(indices)
         for domain, k in zip(places.domains_N.tolist(), places.k_N.tolist(), strict=True):
             sample = self._streams[domain][k]
-            sample["domain"] = torch.tensor(domain)
+            sample["domain"] = self._domains[domain]
             samples.append(sample)
         return samples
 

@@ -50,6 +50,8 @@ class DomainStream:
     ⌊(tokens − 1) / sequence_length⌋ samples once. Making a stream opens nothing: of all streams
     of a process, a bounded number of files is open at a time.
 
+    Tensors of a sample are its own, but for ``position_ids``, which all share.
+
     Args:
         name: the domain, used in the seed and in messages.
         split: where the tokens are, and how many.
@@ -99,9 +101,6 @@ class DomainStream:
     def __getitem__(self, k: int) -> Sample:
         epoch, index = divmod(k, self.samples_per_epoch)
         sample: Sample = self._samples_of(epoch)[index]
-        # GPTDataset hands out one mask and one position vector for all samples.
-        for name in ("loss_mask", "position_ids"):
-            sample[name] = sample[name].clone()
         return sample
 
     def epochs_of(self, first_k: int, end_k: int) -> range:
@@ -195,6 +194,7 @@ class DomainStream:
                 f"domain {self.name}: {self._split.idx_path} does not hold the "
                 f"{self._split.tokens} tokens that its manifest says; {AGAIN}"
             )
+        samples[0]  # the first one asked for shares its mask with GPTDataset, the others do not
         return samples
 
     def padding(self) -> Sample:

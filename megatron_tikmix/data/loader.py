@@ -6,7 +6,7 @@ import torch
 from torch.utils.data import DataLoader, Sampler
 
 from megatron_tikmix.data.blended_dataset import BlendedDataset
-from megatron_tikmix.data.samples import Sample
+from megatron_tikmix.data.samples import Sample, stack
 
 
 class MicroBatchSampler(Sampler[list[int]]):
@@ -72,6 +72,8 @@ class DataParallelLoader:
                     size=self._size,
                 ),
                 num_workers=self._num_workers,
+                # Workers have torch's own, which stacks right into shared memory.
+                collate_fn=None if self._num_workers else stack,
                 pin_memory=torch.cuda.is_available(),
                 # A generator of its own: making an iterator must not draw from training's RNG.
                 generator=torch.Generator().manual_seed(consumed_samples),

@@ -33,30 +33,49 @@ class RecentlyUsed(Generic[Opened]):
         return len(self._objects)
 
 
+class _OpenTokens:
+    """An IndexedDataset, and its tokens as one array."""
+
+    def __init__(self, prefix: str) -> None:
+        # Views of the maps that megatron-core opens and, with the dataset, closes.
+        self.dataset = IndexedDataset(prefix, multimodal=False, mmap=True)
+        index = self.dataset.index
+        self.lengths, self.offsets = index.sequence_lengths, index.sequence_pointers
+        self.itemsize = index.dtype_size
+        last = len(self.lengths) - 1
+        count = int(self.offsets[last]) // self.itemsize + int(self.lengths[last])
+        self.tokens = self.dataset.bin_reader.read(index.dtype, count, 0)
+
+
 # Each costs 3 descriptors and 2 memory maps; 1,024 and 65,530 are the usual limits of a process.
-OPEN_TOKEN_FILES: RecentlyUsed[IndexedDataset] = RecentlyUsed(128)
+OPEN_TOKEN_FILES: RecentlyUsed[_OpenTokens] = RecentlyUsed(128)
 
 
 class TokenFile:
-    """What a GPTDataset asks of megatron-core's IndexedDataset, from files opened when needed."""
+    """What a GPTDataset asks of megatron-core's IndexedDataset, from files opened when needed.
+
+    What it hands out are views of the open file: use them before another one is opened.
+    """
 
     def __init__(self, prefix: Path) -> None:
         self.path_prefix = str(prefix)
         # Files that were replaced since are other files.
-        self._key = self.path_prefix, Path(f"{prefix}.idx").stat().st_mtime_ns
+        self._key = f"{prefix} {Path(f'{prefix}.idx').stat().st_mtime_ns}"
 
-    def _opened(self) -> IndexedDataset:
-        return OPEN_TOKEN_FILES.get(
-            self._key, lambda: IndexedDataset(self.path_prefix, multimodal=False, mmap=True)
-        )
+    def _opened(self) -> _OpenTokens:
+        return OPEN_TOKEN_FILES.get(self._key, lambda: _OpenTokens(self.path_prefix))
 
     @property
     def sequence_lengths(self) -> NDArray[np.int32]:
-        """Tokens of each document. A view of the open file: use it before another is opened."""
-        lengths: NDArray[np.int32] = self._opened().sequence_lengths
+        """Tokens of each document."""
+        lengths: NDArray[np.int32] = self._opened().lengths
         return lengths
 
     def get(self, idx: int, offset: int = 0, length: int | None = None) -> NDArray[np.integer]:
-        """Tokens of one document. A view of the open file: use it before another is opened."""
-        tokens: NDArray[np.integer] = self._opened().get(idx, offset=offset, length=length)
+        """Tokens of one document, or of a part of it."""
+        opened = self._opened()
+        if length is None:
+            length = int(opened.lengths[idx]) - offset
+        first = int(opened.offsets[idx]) // opened.itemsize + offset
+        tokens: NDArray[np.integer] = opened.tokens[first : first + length]
         return tokens

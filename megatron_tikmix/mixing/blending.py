@@ -106,17 +106,19 @@ class StageBlend:
 
         The cost is that of the blocks they lie in, each made once.
         """
+        if not len(index_N):
+            return Block(index_N, index_N)
+        number = int(self._blocks.batch_of(int(index_N.min())))
+        if number == int(self._blocks.batch_of(int(index_N.max()))):  # as a rule
+            place_N = index_N - int(self._blocks.samples_before(number))
+            block = self.block(number)
+            return Block(block.domains_N[place_N], block.k_N[place_N])
         number_N = self._blocks.batch_of(index_N)
         place_N = index_N - self._blocks.samples_before(number_N)
-        if len(index_N) and (number_N == number_N[0]).all():
-            block = self.block(int(number_N[0]))
-            return Block(block.domains_N[place_N], block.k_N[place_N])
         found = Block(np.empty_like(index_N), np.empty_like(index_N))
         order_N = np.argsort(number_N, kind="stable")
         numbers, firsts = np.unique(number_N[order_N], return_index=True)
-        for number, of_block in zip(
-            numbers.tolist(), np.split(order_N, firsts[1:]) if len(numbers) else [], strict=True
-        ):
+        for number, of_block in zip(numbers.tolist(), np.split(order_N, firsts[1:]), strict=True):
             block = self.block(number)
             found.domains_N[of_block] = block.domains_N[place_N[of_block]]
             found.k_N[of_block] = block.k_N[place_N[of_block]]

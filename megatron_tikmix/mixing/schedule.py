@@ -149,8 +149,17 @@ class MixtureSchedule:
             IndexError: an index is negative, or the schedule has no stage.
         """
         index_N = np.asarray(indices, dtype=np.int64)
-        if len(index_N):
-            self._stage_of(int(index_N.min()))
+        if not len(index_N):
+            return SampleLocations(index_N, index_N, index_N)
+        low, high = int(index_N.min()), int(index_N.max())
+        stage = self._stage_of(low)
+        if self._stage_of(high) is stage:  # as a rule
+            block = self._blends[stage.index].locate_many(index_N - stage.start_sample)
+            return SampleLocations(
+                np.full_like(index_N, stage.index),
+                block.domains_N,
+                stage.start_counts_D[block.domains_N] + block.k_N,
+            )
         stages_N = np.searchsorted(self._starts, index_N, side="right") - 1
         found = SampleLocations(stages_N, np.empty_like(index_N), np.empty_like(index_N))
         for number in np.unique(stages_N).tolist():

@@ -61,7 +61,7 @@ def descriptors() -> int:
 def test_streams_share_a_bounded_number_of_open_files(
     corpus: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    few = open_files.RecentlyUsed[open_files.IndexedDataset](2)
+    few = open_files.RecentlyUsed[open_files._OpenTokens](2)
     expected = served(dataset(streams(corpus, copies=3)), 0, 400)
     monkeypatch.setattr(open_files, "OPEN_TOKEN_FILES", few)
     before = descriptors()
