@@ -134,7 +134,7 @@ def broken_by(problem, weights_D):
     w = _weights(problem)
     w.value = weights_D
     limits = [limit for limit in problem.constraints if all(v is w for v in limit.variables())]
-    return max(float(np.max(limit.violation())) for limit in limits)
+    return max(float(np.max(limit.violation(), initial=0.0)) for limit in limits)
 
 
 def reference_value(problem):
@@ -149,7 +149,7 @@ def reference_value(problem):
         if problem.status == cp.OPTIMAL:
             w = _weights(problem)
             w.value = np.maximum(w.value, 0)  # −1e-15 would have no entropy
-            broken = max(float(np.max(limit.violation())) for limit in problem.constraints)
+            broken = max(float(np.max(limit.violation(), initial=0.0)) for limit in problem.constraints)
             return problem.objective.value, broken
     return None
 
