@@ -149,7 +149,9 @@ def reference_value(problem):
         if problem.status == cp.OPTIMAL:
             w = _weights(problem)
             w.value = np.maximum(w.value, 0)  # −1e-15 would have no entropy
-            broken = max(float(np.max(limit.violation(), initial=0.0)) for limit in problem.constraints)
+            broken = max(
+                float(np.max(limit.violation(), initial=0.0)) for limit in problem.constraints
+            )
             return problem.objective.value, broken
     return None
 

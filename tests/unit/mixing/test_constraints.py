@@ -198,6 +198,7 @@ def test_the_nearest_mixture_that_is_allowed_spreads_what_is_moved_in_proportion
         gamma=1,
         task_weights=None,
         preset=None,
+        gain="linear",
         constraints=MixtureConstraints(upper={"a": 0.4}),
         diversity_reference=None,
     )

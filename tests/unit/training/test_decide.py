@@ -35,9 +35,14 @@ def boundary(prior: Mixture | None = None, **fields: Any) -> Boundary:
     return Boundary(**{**default, **fields})
 
 
+AS_PUBLISHED = {"gain": "linear", "diversity_reference": "uniform", "smoothing": 0.0}
+
+
 def decider(constraints: dict[str, Any] | None = None, **remix: Any) -> Decider:
+    """One that decides as the paper does, but for what is given."""
+    settings = {**AS_PUBLISHED, **remix}
     return Decider(
-        RemixConfig(constraints=ConstraintsConfig(**(constraints or {})), **remix),
+        RemixConfig(constraints=ConstraintsConfig(**(constraints or {})), **settings),
         seed=4321,
         task_weights=dict.fromkeys(TASKS, 1.0),
         samples_per_epoch=dict.fromkeys(DOMAINS, 200),
