@@ -1,6 +1,5 @@
 """BatchSizes: how many samples each global batch has, from the first iteration on."""
 
-import math
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
@@ -126,10 +125,6 @@ class BatchSizes:
             return self
         steps = [(max(start - samples, 0), size) for start, size in self.steps]
         return BatchSizes(steps[sum(start <= samples for start, _ in self.steps) - 1 :])
-
-    def smallest_common(self) -> int:
-        """The greatest common divisor of all sizes."""
-        return math.gcd(*(size for _, size in self.steps))
 
     def to_json(self) -> list[list[int]]:
         """The steps as plain values."""
