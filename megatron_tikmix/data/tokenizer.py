@@ -170,7 +170,13 @@ class MegatronTokenizer:
     def end_of_document(self, token: str | None) -> int:
         if token is None:
             return _known(self._tokenizer.eod, "of its own for the end of a document")
-        return _known(self._tokenizer.vocab.get(token), token)
+        try:
+            vocabulary = self._tokenizer.vocab  # by token, or in the order of ids
+            pairs = enumerate(vocabulary)
+            known = vocabulary if isinstance(vocabulary, dict) else {name: i for i, name in pairs}
+        except (AttributeError, NotImplementedError):  # bytes have no names
+            known = {}
+        return _known(known.get(token), token)
 
 
 def _known(found: int | None, name: str) -> int:
