@@ -1,5 +1,6 @@
 # make quickstart   train a small model on real text while its mixture moves
 # make test         run the test suite
+# make claims       compare policies by experiment; PROFILE=smoke (default), cpu, confirm or gpu
 # Each sets up all it needs, in .venv, with the versions of constraints.txt.
 
 PYTHON ?= python3
@@ -9,10 +10,12 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 CORPUS := runs/quickstart-data/corpus
 MANIFEST := runs/quickstart-data/domains.yaml
 RANKS ?= 2
+PROFILE ?= smoke
+JOBS ?= 2
 # With several ranks on few cores, one thread each is fastest.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: quickstart test check clean-quickstart
+.PHONY: quickstart test claims check clean-quickstart
 
 quickstart: $(MANIFEST)
 	$(BIN)/torchrun --standalone --nproc-per-node $(RANKS) -m megatron_tikmix examples/quickstart.yaml
@@ -27,6 +30,9 @@ clean-quickstart:
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest tests/unit tests/distributed tests/gpu
+
+claims: $(VENV)/.installed
+	$(BIN)/python benchmarks/claims --profile $(PROFILE) --jobs $(JOBS)
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -74,16 +74,22 @@ def domains(runner: Runner) -> list[str]:
 def all_policies(runner: Runner, say: Callable[[str], None]) -> list[Policy]:
     """Every line of the comparison; trains what some of them need to choose a mixture."""
     profile, names = runner.profile, domains(runner)
+
+    def wanted(name: str) -> bool:
+        return profile.only is None or name in profile.only
+
     policies = heuristics(runner)
     say("the best static mixture: whole runs")
     policies.append(chosen("best static", searches.best_static(runner, names, say)))
     for proxies in profile.proxies:
-        say(f"RegMix with {proxies} proxies")
-        policies.append(chosen(f"RegMix, {proxies}", searches.regmix(runner, names, proxies)))
-    say("DoReMi: reference and proxy")
-    policies.append(chosen("DoReMi-style", searches.doremi(runner, names)))
+        if wanted(f"RegMix, {proxies}"):
+            say(f"RegMix with {proxies} proxies")
+            policies.append(chosen(f"RegMix, {proxies}", searches.regmix(runner, names, proxies)))
+    if wanted("DoReMi-style"):
+        say("DoReMi: reference and proxy")
+        policies.append(chosen("DoReMi-style", searches.doremi(runner, names)))
     policies.append(Policy("ODM", online=("odm", {"every": profile.online_iters})))
-    return policies + tikmix(runner)
+    return [policy for policy in policies + tikmix(runner) if wanted(policy.name)]
 
 
 def tikmix(runner: Runner) -> list[Policy]:
@@ -145,33 +151,27 @@ def ablations(runner: Runner) -> dict[str, list[Policy]]:
         ],
         "probe tokens": [
             changed("domains: twice", probe__sub_batches=2 * probe["sub_batches"]),
-            changed("domains: four times", probe__sub_batches=4 * probe["sub_batches"]),
+            changed("tasks: four times", probe__task_samples=4 * probe["task_samples"]),
         ],
         "interval": [
-            changed("twice as long", remix__interval_samples=2 * interval),
             changed("half as long", remix__interval_samples=interval // 2),
-            changed("the first as long as the others", remix__first_interval_samples=interval),
+            changed("twice as long", remix__interval_samples=2 * interval),
         ],
-        "weights of the objective": [
+        "objective": [
             changed("linear gain", remix__gain="linear"),
             changed("α = 0", remix__alpha=0.0),
-            changed("α = 4", remix__alpha=4.0),
-            changed("β = 2", remix__beta=2.0),
-            changed("γ halved", remix__gamma=0.5),
-            changed("γ doubled", remix__gamma=2.0),
-        ],
-        "diversity": [
+            changed("γ = 0.5", remix__gamma=0.5),
+            changed("γ = 2", remix__gamma=2.0),
             changed("entropy", remix__diversity_reference="uniform"),
             changed(
                 "linear gain and entropy",
                 remix__gain="linear",
                 remix__diversity_reference="uniform",
             ),
-            changed("KL to token proportions", remix__diversity_reference="proportional"),
         ],
         "limit to the change": [
-            changed("total variation 0.1", remix__constraints__max_total_variation=0.1),
-            changed("total variation 0.3", remix__constraints__max_total_variation=0.3),
+            changed("none", remix__constraints__max_total_variation=None),
+            changed("0.1", remix__constraints__max_total_variation=0.1),
         ],
         "noise": [
             changed("no smoothing", remix__smoothing=0.0),

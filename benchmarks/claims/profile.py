@@ -28,7 +28,8 @@ class Profile:
         proxy_iters: optimizer steps of a RegMix proxy; proxies: how many, of each quality.
         online_iters: optimizer steps between two mixtures of ODM and DoReMi.
         rollout: settings of TiKMiX-M.
-        fewer_iters: of the second, smaller model: fields of the run that differ.
+        smaller_model: of the second model of the study of drift: fields of the run that differ.
+        only: policies to compare; None for all.
         run: the configuration that all runs share, fields of RunConfig.
     """
 
@@ -46,6 +47,7 @@ class Profile:
     run: dict[str, Any]
     rollout: dict[str, Any] = field(default_factory=dict)
     smaller_model: dict[str, Any] = field(default_factory=dict)
+    only: list[str] | None = None
     ablations: bool = True
     ablation_seeds: int = 3
 

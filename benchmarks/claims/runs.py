@@ -97,7 +97,9 @@ class Runner:
 
     def _path(self, experiment: Experiment) -> Path:
         """Where its result is kept: by all that it depends on, but not by its name."""
-        what = [self.base(), experiment.seed, dict(experiment.settings), experiment.online]
+        profile = self.profile
+        what = [profile.run, profile.corpus, experiment.seed, dict(experiment.settings)]
+        what.append(experiment.online)
         return self.folder / "runs" / _fingerprint(what) / "result.json"
 
     def _pool(self, most: int) -> ProcessPoolExecutor:
