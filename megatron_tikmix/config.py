@@ -310,8 +310,14 @@ class RemixConfig:
     """Weight of the mixture's diversity."""
 
     preset: Literal["paper"] | None = None
-    """`paper`: as published: the raw sum over tasks, and gain, diversity_reference and smoothing
-    at the values given there."""
+    """`paper`: as published: the raw sum over tasks, and influence, gain, diversity_reference and
+    smoothing at the values given there."""
+
+    influence: Literal["joint", "marginal"] | None = None
+    """`marginal`: of each domain by itself, to first order, as published. `joint`: each task's
+    gradient is fitted by those of all domains together, so that near-duplicates share their credit
+    and what only has the right words gets little. It keeps a gradient of each domain too: the
+    memory and passes of as many more tasks. None: joint; marginal with preset paper."""
 
     gain: Literal["linear", "log"] | None = None
     """`linear` in a mixture's influence on a task, or its `log`arithm, since gains saturate: what a
@@ -371,6 +377,7 @@ class RemixConfig:
         """The same, with what is None given by the preset."""
         paper = self.preset == "paper"
         given: dict[str, Any] = {
+            "influence": "marginal" if paper else "joint",
             "gain": "linear" if paper else "log",
             "diversity_reference": "uniform" if paper else "prior",
             "smoothing": 0.0 if paper else 0.5,
@@ -478,7 +485,8 @@ class ProbeConfig:
     """Samples of one sub-batch, over all data-parallel ranks."""
 
     task_samples: int = 64
-    """At most so many samples of each task decide (the others report)."""
+    """At most so many samples of each task decide (the others report); with remix.influence joint
+    also of each domain's own gradient."""
 
     max_overhead: float | None = 0.25
     """A probe may take at most so many tokens, relative to those of an interval: sub_batches is
@@ -935,6 +943,7 @@ _DERIVED = (
     "model.ffn_hidden_size",
     "model.num_query_groups",
     "model.kv_channels",
+    "remix.influence",
     "remix.gain",
     "remix.diversity_reference",
     "remix.smoothing",

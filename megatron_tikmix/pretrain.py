@@ -276,7 +276,7 @@ def _build_remixer(
     probe_data = ProbeData(
         probe_stream,
         data.names,
-        data.deciding_tasks,
+        data.probed_tasks,
         sub_batch_samples=probe.sub_batch_samples,
         task_samples=probe.task_samples,
         micro_batch_size=config.train.micro_batch_size,

@@ -133,7 +133,7 @@ def settings(corpus: Path, tmp_path: Path) -> dict[str, Any]:
             "log_interval": 2,
         },
         "optimizer": {"lr": 2e-3, "adam_beta2": 0.2, "weight_decay": 0.01},
-        "remix": {"interval_samples": 32},
+        "remix": {"interval_samples": 32, "influence": "marginal"},
         # Intervals this short cost less than what is measured at their ends.
         "probe": {"sub_batch_samples": 4, "task_samples": 12, "max_overhead": None},
         "evaluate": {"task_samples": 12},

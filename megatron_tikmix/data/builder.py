@@ -10,6 +10,8 @@ from megatron_tikmix.data.samples import DocumentBoundaries
 from megatron_tikmix.data.tasks import Task, build_task
 from megatron_tikmix.errors import InputError
 from megatron_tikmix.mixing import Mixture, MixtureSchedule, ScheduleFile, propose_mixture
+from megatron_tikmix.mixing.joint_influence import OWN_ROW
+from megatron_tikmix.seeds import derived_seed
 
 
 class TrainingData:
@@ -55,6 +57,13 @@ class TrainingData:
             for name, task in config.tasks.items()
         ]
         self.deciding_tasks = [t for t in self.tasks if config.tasks[t.name].decides]
+        self.probed_tasks = list(self.deciding_tasks)
+        """Those whose gradients a probe keeps: with joint influence, each domain is one of them."""
+        if config.remix.influence == "joint" and config.remix.policy != "static":
+            for name in self.names:
+                seed = derived_seed(config.probe.seed, "own", name)
+                own = self.stream(name, seed, data.sequence_length)
+                self.probed_tasks.append(Task(OWN_ROW + name, decide=own, report=own))
         self._order = (self.names, config.train.batch_sizes, config.seed)
         self.planned, self.replays = self._read_schedule(config)
         self._initial_mixture = (

@@ -94,6 +94,17 @@ class SubBatchBank:
             self.sums_DBV[:, :, good], self.tokens_DB, self.domains, [self.tasks[v] for v in good]
         )
 
+    def of_tasks(self, tasks: Sequence[str]) -> "SubBatchBank":
+        """The same for those of its tasks that are named, in the bank's order."""
+        kept = [v for v, name in enumerate(self.tasks) if name in tasks]
+        return SubBatchBank(
+            self.sums_DBV[:, :, kept],
+            self.tokens_DB,
+            self.domains,
+            [self.tasks[v] for v in kept],
+            [name for name in self.bad_tasks if name in tasks],
+        )
+
     # Estimates --------------------------------------------------------------------------
 
     def influence_matrix(self) -> InfluenceMatrix:

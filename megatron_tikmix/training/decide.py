@@ -1,5 +1,6 @@
 """What a boundary decides from what its probe measured. On the main rank only; no collective."""
 
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,6 +22,7 @@ from megatron_tikmix.mixing import (
     solve_tikmix_d,
     solve_tikmix_m,
 )
+from megatron_tikmix.mixing.joint_influence import joint_influence
 from megatron_tikmix.mixing.smoothing import smoothed
 from megatron_tikmix.seeds import derived_seed
 from megatron_tikmix.training.rollout import RolloutError
@@ -155,7 +157,7 @@ class Decider:
         return AdaptiveBudget(
             precision,
             lambda influence: self._solve_d(self._smoothed(influence, at), at).mixture,
-            self._task_weights,
+            defaultdict(float, self._task_weights),  # the domains' own rows weigh nothing
             self._generator("budget", at),
         )
 
@@ -166,7 +168,7 @@ class Decider:
             measure: measures candidates for TiKMiX-M; None: by their influence.
         """
         lost = _lost(bank)
-        usable = bank.usable()
+        usable = bank.usable().of_tasks(list(self._task_weights))
         if not usable.domains or not usable.tasks:
             return Decision(at.prior, source="kept", reason=lost, bank=bank)
         found = Decision(at.prior, bank=bank, rank_stability=self._rank_stability(bank, at))
@@ -228,9 +230,14 @@ class Decider:
             """Candidates over the matrix's domains, to outcomes of its tasks."""
             by_name = dict(zip(matrix.domains, weights_ND.T, strict=True))
             if measure is None:
-                return bank.candidate_influence(np.stack([by_name[n] for n in bank.domains], 1))
+                given_NV = bank.candidate_influence(
+                    np.stack([by_name[name] for name in bank.domains], axis=1)
+                )
+                usable = bank.usable().tasks
+                return given_NV[:, [usable.index(task) for task in matrix.tasks]]
             outcomes_NV = measure(np.stack([by_name[name] for name in at.prior], axis=1))
-            return outcomes_NV[:, [bank.tasks.index(task) for task in matrix.tasks]]
+            asked = list(self._task_weights)
+            return outcomes_NV[:, [asked.index(task) for task in matrix.tasks]]
 
         try:
             return solve_tikmix_m(
@@ -288,19 +295,23 @@ class Decider:
         return replace(config, epoch_caps=caps, fixed=fixed)
 
     def _smoothed(self, influence: InfluenceMatrix, at: Boundary) -> InfluenceMatrix:
-        """Averaged with what former boundaries measured, if that is asked for."""
+        """What is solved on: joint influence where that is measured, averaged with what former
+        boundaries measured, if that is asked for."""
+        influence = joint_influence(influence)
         if not self._config.smoothing:
             return influence
         banks = [bank for row in at.ledger if (bank := _bank_of(row)) is not None]
         measured = [bank for bank in banks if bank.usable().domains and bank.usable().tasks]
-        history = [bank.influence_matrix() for bank in measured]
+        history = [joint_influence(bank.influence_matrix()) for bank in measured]
         return smoothed([*history, influence], self._config.smoothing)
 
     def _rank_stability(self, bank: SubBatchBank, at: Boundary) -> RankStability | None:
         banks = [former for row in at.ledger if (former := _bank_of(row)) is not None]
         if not banks:
             return None
-        return rank_stability(banks[-1], bank, self._generator("ranks", at))
+        tasks = list(self._task_weights)
+        before, after = banks[-1].of_tasks(tasks), bank.of_tasks(tasks)
+        return rank_stability(before, after, self._generator("ranks", at))
 
     def _generator(self, purpose: str, at: Boundary) -> np.random.Generator:
         return np.random.default_rng(derived_seed(self._seed, purpose, at.stage))

@@ -125,7 +125,7 @@ def _as_configured(config: RunConfig, world_size: int, data: TrainingData) -> Pr
     interval_samples = (config.interval_iters or 0) * train.global_batch_size
     ranks = config.data_parallel_size(world_size)
     length, vocab_size = config.data.sequence_length, data.manifest.vocab_size
-    D, V = len(data.names), len(data.deciding_tasks)
+    D, V = len(data.names), len(data.probed_tasks)
     replicated = probe.data_parallel_mode == "replicated"
     least = train.micro_batch_size
     if model.virtual_pipeline_model_parallel_size:
@@ -134,7 +134,7 @@ def _as_configured(config: RunConfig, world_size: int, data: TrainingData) -> Pr
     groups = math.ceil(V / (probe.task_group_size or V))
     samples_of_tasks = sum(
         _filled(min(probe.task_samples, task.decide.samples_per_epoch), least * ranks)
-        for task in data.deciding_tasks
+        for task in data.probed_tasks
     )
     P = parameters_per_rank(model, vocab_size, length)
     of_slices, of_whole = V * P / ranks, math.ceil(V / groups) * P

@@ -129,7 +129,9 @@ class Remixer:
                 decision.mixture,
                 # Of a domain or task that was not measured nothing was predicted.
                 decision.influence
-                and completed(decision.influence, self.probe.domains, self.probe.tasks),
+                and completed(
+                    decision.influence, self.probe.domains, list(self._config.deciding_tasks)
+                ),
                 task_weights={
                     name: task.weight for name, task in self._config.deciding_tasks.items()
                 },
