@@ -12,6 +12,7 @@ import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal
 
@@ -246,6 +247,13 @@ class SchedulerConfig:
 class ConstraintsConfig(MixtureConstraints):
     """Limits that every mixture decided at a boundary must respect."""
 
+    max_total_variation: float | None = None
+    """Largest change per reset, ½ Σ_j |w_j - prior_j|; None: no limit."""
+
+    pareto: bool = False
+    """No task may gain less than under the mixture in force: S w ≥ S w_prior in every row. Always
+    so with remix.preset paper."""
+
     max_epochs: float | dict[str, float] | None = None
     """Passes over a domain's training tokens, counted over the whole run, that no reset may plan
     to exceed: one for all domains, or by name. It becomes an upper bound on the weight, from the
@@ -256,6 +264,12 @@ class ConstraintsConfig(MixtureConstraints):
             super().__post_init__()
         except InputError as error:
             raise InputError(f"remix.constraints.{error}") from None
+        for name in ("confidence", "pareto_slack"):
+            require(
+                self.pareto or not getattr(self, name),
+                f"remix.constraints.{name}",
+                "is about Pareto: set remix.constraints.pareto true, or leave it out",
+            )
         caps = self.max_epochs
         for value in caps.values() if isinstance(caps, dict) else [caps]:
             require(
@@ -311,7 +325,7 @@ class RemixConfig:
 
     preset: Literal["paper"] | None = None
     """`paper`: as published: the raw sum over tasks, and influence, gain, diversity_reference and
-    smoothing at the values given there."""
+    smoothing at the values given there, and Pareto."""
 
     influence: Literal["joint", "marginal"] | None = None
     """`marginal`: of each domain by itself, to first order, as published. `joint`: each task's
@@ -382,9 +396,10 @@ class RemixConfig:
             "diversity_reference": "uniform" if paper else "prior",
             "smoothing": 0.0 if paper else 0.5,
         }
-        return replace(
-            self, **{name: value for name, value in given.items() if getattr(self, name) is None}
-        )
+        chosen = {name: value for name, value in given.items() if getattr(self, name) is None}
+        if paper and not self.constraints.pareto:
+            chosen["constraints"] = replace(self.constraints, pareto=True)
+        return replace(self, **chosen)
 
 
 @dataclass(kw_only=True)
@@ -943,6 +958,7 @@ _DERIVED = (
     "model.ffn_hidden_size",
     "model.num_query_groups",
     "model.kv_channels",
+    "remix.constraints.pareto",
     "remix.influence",
     "remix.gain",
     "remix.diversity_reference",
@@ -1000,8 +1016,7 @@ def load_config(arguments: list[str]) -> tuple[RunConfig, str]:
         settings.pop("config")
         config = RunConfig(**parser.instantiate(settings).as_dict())
         for name in _DERIVED:  # the record shows what is used, not what was asked for
-            section, field_name = name.split(".")
-            settings[name] = getattr(getattr(config, section), field_name)
+            settings[name] = attrgetter(name)(config)
         return config, parser.dump(settings, skip_none=False)
     except InputError:
         raise

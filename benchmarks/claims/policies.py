@@ -139,19 +139,19 @@ def ablations(runner: Runner) -> dict[str, list[Policy]]:
         return Policy(name, {**DEFAULT, **fields})
 
     return {
-        "curvature": [
+        "influence": [
+            changed("marginal", remix__influence="marginal"),
             # Adam's second moment has to settle first.
             changed(
                 "adam, first boundary later",
                 probe__curvature="adam",
                 remix__first_interval_samples=settled,
             ),
-            changed("identity, first boundary later", remix__first_interval_samples=settled),
-            changed("squared gradients", probe__curvature="squared_gradients"),
+            changed("first boundary later", remix__first_interval_samples=settled),
         ],
         "probe tokens": [
             changed("domains: twice", probe__sub_batches=2 * probe["sub_batches"]),
-            changed("tasks: four times", probe__task_samples=4 * probe["task_samples"]),
+            changed("tasks: twice", probe__task_samples=2 * probe["task_samples"]),
         ],
         "interval": [
             changed("half as long", remix__interval_samples=interval // 2),
@@ -164,19 +164,21 @@ def ablations(runner: Runner) -> dict[str, list[Policy]]:
             changed("γ = 2", remix__gamma=2.0),
             changed("entropy", remix__diversity_reference="uniform"),
             changed(
-                "linear gain and entropy",
+                "marginal, linear, entropy (V-scaled)",
+                remix__influence="marginal",
                 remix__gain="linear",
                 remix__diversity_reference="uniform",
             ),
         ],
-        "limit to the change": [
-            changed("none", remix__constraints__max_total_variation=None),
-            changed("0.1", remix__constraints__max_total_variation=0.1),
-        ],
-        "noise": [
+        "limits and noise": [
+            changed("total variation 0.25", remix__constraints__max_total_variation=0.25),
+            changed("Pareto", remix__constraints__pareto=True),
+            changed(
+                "Pareto at 95 %",
+                remix__constraints__pareto=True,
+                remix__constraints__confidence=0.95,
+            ),
             changed("no smoothing", remix__smoothing=0.0),
             changed("smoothing 0.8", remix__smoothing=0.8),
-            changed("Pareto at 95 %", remix__constraints__confidence=0.95),
-            changed("no Pareto", remix__constraints__pareto=False),
         ],
     }

@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import yaml
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from claims.profile import Profile
+from megatron_tikmix.config import ProbeConfig, RemixConfig
 from megatron_tikmix.errors import InputError
 
 Result = dict[str, Any]
@@ -100,6 +101,9 @@ class Runner:
         profile = self.profile
         what = [profile.run, profile.corpus, experiment.seed, dict(experiment.settings)]
         what.append(experiment.online)
+        if experiment.settings.get("remix.policy", "static") != "static":
+            # Other defaults are another experiment.
+            what += [asdict(RemixConfig().settled()), asdict(ProbeConfig())]
         return self.folder / "runs" / _fingerprint(what) / "result.json"
 
     def _pool(self, most: int) -> ProcessPoolExecutor:

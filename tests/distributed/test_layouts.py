@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from megatron_tikmix.influence.sub_batch_bank import SubBatchBank
 from tests.conftest import launch, overridden, read_rows, without_timings
 
 LAYOUTS = {
@@ -32,7 +33,7 @@ def settings(settings: dict[str, Any], prompts: Path) -> dict[str, Any]:
         "tasks.quiz": {"prompts": str(prompts), "weight": 0.1},
         "tasks.extra": {"prefix": str(held_out), "weight": 0.1},
     }
-    return overridden(settings, tasks)
+    return overridden(settings, {**tasks, "remix.influence": "joint"})
 
 
 @pytest.fixture
@@ -45,11 +46,11 @@ def reference(settings: dict[str, Any], runs: dict[str, Path]) -> Path:
 
 
 def matrices(run_dir: Path) -> list[np.ndarray]:
-    """S_VD of every boundary."""
+    """S_VD of every boundary, with the domains' own rows."""
     return [
-        np.array([list(row.values()) for row in stage["influence"].values()])
+        SubBatchBank.from_json(stage["bank"]).influence_matrix().values_VD
         for stage in read_rows(run_dir, "mixture.jsonl")
-        if stage["influence"]
+        if stage["bank"]
     ]
 
 
@@ -72,6 +73,7 @@ def test_two_ranks_give_the_numbers_of_one(
             assert list(a["task_bits_per_byte"]) == ["quiz"]
     found, expected = matrices(run_dir), matrices(reference)
     assert len(found) == len(expected) == 2
+    assert found[0].shape == (4 + 3, 3)
     scale_V1 = np.abs(expected[0]).max(axis=1, keepdims=True)
     assert (np.abs(found[0] - expected[0]) / scale_V1).max() < 1e-4
     weights = [stage["weights"] for stage in read_rows(run_dir, "mixture.jsonl")]

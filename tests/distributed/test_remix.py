@@ -12,14 +12,20 @@ ALL_AT_ONCE = {
     "remix.policy": "tikmix_m",
     "remix.measure": "rollout",
     "remix.candidates": 16,
+    "remix.influence": "joint",
     "remix.smoothing": 0.3,
     "remix.stop": 8,
-    "remix.constraints": {"max_epochs": 50.0, "confidence": 0.6, "pareto_slack": 0.2},
+    "remix.constraints": {
+        "max_epochs": 50.0,
+        "pareto": True,
+        "confidence": 0.6,
+        "pareto_slack": 0.2,
+    },
     "remix.require_audit": True,
     "rollout": {"iters": 1},
     "audit": {"enabled": True, "iters": 1},
     "probe.precision": 0.1,
-    "probe.max_tokens": 40_000,
+    "probe.max_tokens": 50_000,
     "train.train_iters": 16,
 }
 
@@ -38,7 +44,7 @@ def test_every_part_of_a_boundary_on_two_ranks(rows: list[dict[str, Any]]) -> No
         assert row["source"] in ("tikmix_m", "tikmix_d", "kept")
         bank = SubBatchBank.from_json(row["bank"])
         assert bank.sub_batches_D.min() >= 8
-        assert row["probe_tokens"] <= 40_000
+        assert row["probe_tokens"] <= 50_000
         assert row["rollout"]["rollouts"] >= 16
         assert row["rollout"]["trained_tokens"] == row["rollout"]["rollouts"] * 8 * 32
         influence = InfluenceMatrix.from_json(row)

@@ -73,6 +73,7 @@ def test_the_distributed_optimizer_is_always_used(path: str) -> None:
         (["--nope", "1"], "unknown configuration field nope; see --help"),
         (["--remix.preset", "paper", "--tasks.low.weight", "2"], "tasks.low.weight"),
         (["--remix.preset", "paper", "--remix.gain", "log"], "remix.gain is linear"),
+        (["--remix.constraints.confidence", "0.9"], "set remix.constraints.pareto true"),
         (["--tasks", "{low: {domain: low, decides: false}}"], "tasks must have at least one"),
     ],
 )

@@ -41,8 +41,9 @@ AS_PUBLISHED = {"gain": "linear", "diversity_reference": "uniform", "smoothing":
 def decider(constraints: dict[str, Any] | None = None, **remix: Any) -> Decider:
     """One that decides as the paper does, but for what is given."""
     settings = {**AS_PUBLISHED, **remix}
+    limits = {"pareto": True, "max_total_variation": 0.25, **(constraints or {})}
     return Decider(
-        RemixConfig(constraints=ConstraintsConfig(**(constraints or {})), **settings),
+        RemixConfig(constraints=ConstraintsConfig(**limits), **settings),
         seed=4321,
         task_weights=dict.fromkeys(TASKS, 1.0),
         samples_per_epoch=dict.fromkeys(DOMAINS, 200),
