@@ -17,6 +17,9 @@ class ProbePlan:
     domains: int
     tasks: int
 
+    own_gradients: int
+    """Domains whose own gradient is kept as a task's is: all, with joint influence; else 0."""
+
     sub_batches: int
     """Of each domain, after `probe.max_overhead` was seen to."""
 
@@ -82,10 +85,11 @@ class ProbePlan:
             grows = (
                 f", growing to {self.most_tokens:,} at most where noise matters (probe.precision)"
             )
+        own = f" + {self.own_gradients} own gradients of domains" if self.own_gradients else ""
         share = self.tokens / (self.tokens + self.interval_tokens)
         limit = "no limit" if self.max_overhead is None else f"limit {self.max_overhead:.0%}"
         return (
-            f"{self.domains} domains × {self.sub_batches} sub-batches{fewer} + {self.tasks} tasks "
+            f"{self.domains} domains × {self.sub_batches} sub-batches{fewer} + {self.tasks} tasks{own} "
             f"= {self.samples:,} samples ({self.tokens:,} tokens{grows}; at the least "
             f"{self.least_tokens:,}); {self.overhead:.1%} of an interval's tokens ({limit}), "
             f"{share:.1%} of the compute with the probe's; "
@@ -147,7 +151,8 @@ def _as_configured(config: RunConfig, world_size: int, data: TrainingData) -> Pr
     return ProbePlan(
         most_tokens=min(known) if probe.precision is not None else None,
         domains=D,
-        tasks=V,
+        tasks=len(data.deciding_tasks),
+        own_gradients=V - len(data.deciding_tasks),
         sub_batches=probe.sub_batches,
         sub_batches_asked=probe.sub_batches,
         samples_of_tasks=samples_of_tasks,
