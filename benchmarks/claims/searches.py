@@ -221,7 +221,11 @@ def regmix(runner: Runner, domains: Sequence[str], proxies: int) -> Choice:
         return drawn
 
     weights_ND = draw(max(profile.proxies))[:proxies]  # the first ones are the same at any quality
-    short = {"train.train_iters": profile.proxy_iters, "remix.interval_samples": None}
+    short = {
+        "train.train_iters": profile.proxy_iters,
+        "remix.interval_samples": None,
+        "remix.first_interval_samples": None,
+    }
     results = runner(
         [
             Experiment(
