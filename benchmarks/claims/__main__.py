@@ -8,7 +8,7 @@ for every policy, paired by seed, and every policy's cost of deciding counted.
   drift       do rankings of domains move while the model learns?
 
 Every run is kept once it is there, so that a stopped command goes on where it was. Results:
-WORK/<profile>/claims.json and claims.md.
+WORK/<profile>/claims.json, claims.md and two pictures.
 
 examples:
   python benchmarks/claims --profile smoke
@@ -32,7 +32,7 @@ sys.path[0] = str(ROOT / "benchmarks")  # so that `claims` is this package, wher
 
 from rich.console import Console  # noqa: E402
 
-from claims import figures, policies, studies, tables  # noqa: E402
+from claims import figures, pictures, policies, studies, tables  # noqa: E402
 from claims.checks import misses  # noqa: E402
 from claims.profile import Profile  # noqa: E402
 from claims.runs import Runner  # noqa: E402
@@ -101,6 +101,12 @@ def _comparison(runner: Runner, shown: tables.Tables, found: dict[str, Any]) -> 
         for o in outcomes
         if o.runs is not ours
     }
+    _write(runner.folder / "gap_closed.svg", pictures.gap_closed(found["comparison"]))
+    shown_curves = ("uniform", "best static", "TiKMiX-D, paper", "TiKMiX-D", "TiKMiX-M, rollouts")
+    curves = {
+        n: figures.mean_curve(named[n].runs, profile.tasks) for n in shown_curves if n in named
+    }
+    _write(runner.folder / "losses.svg", pictures.losses(curves))
     tables.show_comparison(
         shown, found["comparison"], f"Policies, {len(profile.seeds)} paired seeds"
     )

@@ -95,6 +95,15 @@ def tokens_to_reach(
     return Interval.of(np.array(shares))
 
 
+def mean_curve(runs: Sequence[Result], tasks: Sequence[str]) -> list[tuple[float, float]]:
+    """[(training tokens, loss averaged over tasks and runs), …]."""
+    points = zip(*(run["curve"] for run in runs), strict=True)
+    return [
+        (point[0][0], float(np.mean([part[1][task] for part in point for task in tasks])))
+        for point in points
+    ]
+
+
 def decision_cost(outcome: Outcome) -> tuple[float, float, float]:
     """FLOPs and seconds of deciding, a run, and FLOPs over those of a run's training."""
     choice, runs = outcome.policy.choice, outcome.runs
