@@ -1,4 +1,4 @@
-"""Pictures of the comparison as SVG, drawn from figures alone: nothing to install, nothing to load."""
+"""Pictures of the comparison as SVG, drawn from figures alone: nothing to install or load."""
 
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -9,7 +9,7 @@ _LEFT, _WIDTH, _ROW = 190, 720, 26
 
 
 def gap_closed(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Bars of the gap closed by each policy, with 95% intervals; 0 is uniform, 100 the best static."""
+    """Bars of the gap closed by each policy, with 95% intervals; 100 is the best static mixture."""
     shown = [row for row in rows if row["policy"] != "uniform"]
     ends = [end for row in shown for end in (row["gap_closed"].low, row["gap_closed"].high)]
     finite = [100 * end for end in ends if end == end]
@@ -79,13 +79,14 @@ def _line(x1: float, y1: float, x2: float, y2: float, colour: str) -> str:
 
 
 def _text(x: float, y: float, text: str, anchor: str, colour: str = _INK) -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" fill="{colour}">{escape(text)}</text>'
+    place = f'x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" fill="{colour}"'
+    return f"<text {place}>{escape(text)}</text>"
 
 
 def _picture(height: int, parts: Sequence[str]) -> str:
     body = "\n".join(parts)
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {height}" width="{_WIDTH}" '
-        f'font-family="sans-serif" font-size="12">\n<rect width="100%" height="100%" fill="#fff"/>\n'
-        f"{body}\n</svg>\n"
+        'font-family="sans-serif" font-size="12">\n'
+        f'<rect width="100%" height="100%" fill="#fff"/>\n{body}\n</svg>\n'
     )

@@ -90,7 +90,8 @@ class ProbePlan:
         limit = "no limit" if self.max_overhead is None else f"limit {self.max_overhead:.0%}"
         return (
             f"{self.domains} domains × {self.sub_batches} sub-batches{fewer} + "
-            f"{self.tasks} tasks{own} = {self.samples:,} samples ({self.tokens:,} tokens{grows}; at the least "
+            f"{self.tasks} tasks{own} = {self.samples:,} samples "
+            f"({self.tokens:,} tokens{grows}; at the least "
             f"{self.least_tokens:,}); {self.overhead:.1%} of an interval's tokens ({limit}), "
             f"{share:.1%} of the compute with the probe's; "
             f"{self.tokens * self.flops_per_token:.2g} FLOPs; validation gradients "
