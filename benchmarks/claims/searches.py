@@ -71,8 +71,8 @@ def best_static(runner: Runner, domains: Sequence[str], say: Callable[[str], Non
 
     A start from the designed mixtures, uniform over all, over all but junk, and over the domains
     that are tasks. Then rounds: fit :class:`EffectiveTokens` to all runs so far, and run its
-    optimum and mixtures around it. Of the last optimum and the best mixture that was run, the
-    better on two further seeds.
+    optimum and mixtures around it. Of the last optimum, the best mixture that was run and the one
+    uniform over the tasks' domains, the best on two further seeds.
     """
     profile, tasks = runner.profile, runner.profile.tasks
     mixtures, results = whole_runs(runner, domains)
@@ -98,6 +98,7 @@ def best_static(runner: Runner, domains: Sequence[str], say: Callable[[str], Non
     finalists = [
         dict(zip(domains, last_D.tolist(), strict=True)),
         mixtures[int(np.argmin(_losses(results, tasks)))],
+        _normalised(plain[2]),
     ]
     scores = []
     for finalist in finalists:
