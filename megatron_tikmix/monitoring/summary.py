@@ -8,9 +8,6 @@ from megatron_tikmix.monitoring.page import text, tiles
 
 def summary(title: str, history: RunHistory) -> str:
     """Title, words and figures, as HTML."""
-    words = " ".join(
-        filter(None, [_model(history), _mixture(history), _losses(history), _probe(history)])
-    )
     length = history.sequence_length
     figures = [
         (count(history.samples * (length or 1)), f"{'tokens' if length else 'samples'} trained on"),
@@ -19,7 +16,15 @@ def summary(title: str, history: RunHistory) -> str:
         (percent(history.probe_token_share), "of all tokens went to the probe"),
         (percent(history.probe_time_share), "of the time went to the probe"),
     ]
-    return f"<header>{text('h1', title)}{text('p', words, 'lead')}</header>{tiles(figures)}"
+    head = text("h1", title) + text("p", in_words(history), "lead")
+    return f"<header>{head}</header>{tiles(figures)}"
+
+
+def in_words(history: RunHistory) -> str:
+    """The run so far, in a few sentences."""
+    return " ".join(
+        filter(None, [_model(history), _mixture(history), _losses(history), _probe(history)])
+    )
 
 
 def _first_and_last(history: RunHistory) -> str:

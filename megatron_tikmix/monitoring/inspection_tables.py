@@ -1,0 +1,184 @@
+"""The answers of :mod:`megatron_tikmix.monitoring.inspection` as tables for the terminal."""
+
+from collections.abc import Sequence
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from megatron_tikmix.monitoring.decision import Move
+from megatron_tikmix.monitoring.explanation import Explanation
+from megatron_tikmix.monitoring.formatting import (
+    DASH,
+    clean,
+    count,
+    number,
+    percent,
+    shorten,
+    signed,
+    with_error,
+)
+from megatron_tikmix.monitoring.inspection import Answer
+
+MOST_STAGES = 8
+"""Of more stages, `mixture` shows the first and the last ones."""
+
+
+def show_summary(answer: Answer, console: Console) -> None:
+    _say(console, answer["words"])
+    rows = []
+    for boundary in answer["boundaries"]:
+        moved = [Move(m["domain"], m["before"], m["after"]) for m in boundary["largest_moves"]]
+        noise = boundary["total_variation_noise"]
+        rows.append(
+            [
+                str(boundary["stage"]),
+                f"{boundary['iteration']:,}",
+                clean(boundary["source"] or DASH),
+                number(boundary["total_variation"]),
+                number(noise),
+                "; ".join(move.in_words() for move in moved) or DASH,
+            ]
+        )
+    if rows:
+        heads = ["stage", "iteration", "source", "moved", "noise", "largest moves"]
+        console.print(_table(heads, rows, words={"source", "largest moves"}))
+    for boundary in answer["boundaries"][-1:]:
+        _say(console, f"Stage {boundary['stage']}: {boundary['reason']} {boundary['cost']}")
+
+
+def show_mixture(answer: Answer, console: Console) -> None:
+    shown = list(range(len(answer["stages"])))
+    if len(shown) > MOST_STAGES:
+        shown = [0, *shown[1 - MOST_STAGES :]]
+    heads = [f"stage {answer['stages'][k]}" for k in shown]
+    rows = [
+        [
+            clean(row["domain"]),
+            *(percent(row["weights"][k]) for k in shown),
+            count(row["samples"] if row["tokens"] is None else row["tokens"]),
+            number(row["epochs"], 2),
+        ]
+        for row in answer["domains"]
+    ]
+    amount = "samples" if answer["domains"][0]["tokens"] is None else "tokens"
+    console.print(_table(["domain", *heads, amount, "epochs"], rows, words={"domain"}))
+    if len(shown) < len(answer["stages"]):
+        _say(console, f"{len(answer['stages'])} stages; --json has all of them.")
+
+
+def show_influence(answer: Answer, console: Console) -> None:
+    """A line a domain, a column a task."""
+    where = f"before stage {answer['stage']}, iteration {answer['iteration']:,}"
+    curvature = f", curvature {answer['curvature']}" if answer["curvature"] else ""
+    _say(
+        console,
+        f"Influence {where}{curvature}, over each task's largest: positive lowers the loss, ± is "
+        f"one standard error, · is within two of them from zero.",
+    )
+    tasks = answer["tasks"]
+    scales = [
+        max((abs(c["influence"] or 0.0) for c in task["domains"].values()), default=0.0) or 1.0
+        for task in tasks
+    ]
+    rows = [
+        [
+            clean(domain),
+            *(_cell(t["domains"][domain], s) for t, s in zip(tasks, scales, strict=True)),
+        ]
+        for domain in tasks[0]["domains"]
+    ]
+    heads = ["domain", *(shorten(task["task"], 14) for task in tasks)]
+    console.print(_table(heads, rows, words={"domain"}))
+
+
+def _cell(entry: Answer, scale: float) -> str:
+    if entry["influence"] is None:
+        return DASH
+    error = entry["standard_error"]
+    cell = with_error(entry["influence"] / scale, float("nan") if error is None else error / scale)
+    return f"{cell} ·" if entry["within_noise"] else f"{cell}  "
+
+
+def show_why(found: Explanation, console: Console) -> None:
+    name = clean(found.domain)
+    _say(
+        console,
+        f"{name}, stage {found.stage} after iteration {found.iteration:,}: "
+        f"{percent(found.before)} → {percent(found.after)} ({found.source}); the solver's answer "
+        f"was {percent(found.solved)}.",
+    )
+    rows = [[f"gain on {clean(task)}", signed(push, 3)] for task, push in found.gain.items()]
+    rows += [
+        ["uniformity over tasks", signed(found.uniformity, 3)],
+        ["diversity", signed(found.diversity, 3)],
+        ["active constraints", signed(found.constraints, 3)],
+        ["noise of gain and uniformity (±)", number(found.noise, 3)],
+    ]
+    console.print(_table(["what pushes the weight (up: +)", "push"], rows, words=set()))
+    held = ", ".join(map(clean, found.active_constraints)) or "none"
+    _say(console, f"Constraints that bind here: {held}.")
+    moved, noise = number(found.total_variation), number(found.total_variation_noise)
+    _say(console, f"The mixture moved by {moved} (noise of the answer {noise}): {found.reason}.")
+    if found.note:
+        _say(console, f"Note: {found.note}.")
+
+
+def show_compare(answer: Answer, names: Sequence[str], console: Console) -> None:
+    _say(console, f"A = {clean(names[0])}, B = {clean(names[1])}; differences are B − A.")
+    if not answer["losses"]:
+        _say(console, "The runs were never evaluated after the same number of samples.")
+    for losses in answer["losses"][-1:]:
+        spent = losses["tokens"]
+        after = f"{losses['samples']:,} samples" if spent is None else f"{count(spent)} tokens"
+        _say(console, f"Task losses after {after}, the last point that both were evaluated at:")
+        rows = [
+            [
+                clean(task),
+                number(entry["first"], 4),
+                number(entry["second"], 4),
+                signed(entry["difference"], 4),
+            ]
+            for task, entry in losses["tasks"].items()
+        ]
+        console.print(_table(["task", "A", "B", "B − A"], rows, words={"task"}))
+    rows = [
+        [
+            clean(row["domain"]),
+            percent(row["first"]),
+            percent(row["second"]),
+            signed(100 * (row["second"] - row["first"]), 1),
+        ]
+        for row in answer["weights"]
+    ]
+    _say(console, f"Last mixtures, {number(answer['total_variation'])} apart (total variation):")
+    console.print(_table(["domain", "A", "B", "points"], rows, words={"domain"}))
+    shares = " and ".join(percent(share) for share in answer["probe_token_share"])
+    _say(console, f"Probes took {shares} of all tokens processed.")
+    if answer["settings"]:
+        rows = [
+            [row["setting"], clean(row["first"]), clean(row["second"])]
+            for row in answer["settings"]
+        ]
+        console.print(_table(["setting that differs", "A", "B"], rows, words={"A", "B"}))
+
+
+def _table(heads: Sequence[str], rows: Sequence[Sequence[str]], words: set[str]) -> Table:
+    """Columns of `words` may be folded; the others are numbers and stay whole."""
+    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    for index, head in enumerate(heads):
+        textual = head in words or index == 0
+        table.add_column(
+            Text(head),
+            justify="left" if textual else "right",
+            no_wrap=not textual,
+            overflow="fold",
+        )
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))
+    return table
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(text, markup=False, highlight=False, emoji=False)
