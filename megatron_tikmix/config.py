@@ -311,8 +311,8 @@ class RemixConfig:
     in_lr_decay: bool = False
     """Also reset during the final learning-rate decay of a WSD schedule."""
 
-    apply: bool = True
-    """False: measure and solve at each boundary, log the answer, and keep the mixture."""
+    mode: Literal["apply", "advise"] = "apply"
+    """`advise`: measure and solve at each boundary, log the answer, and keep the mixture."""
 
     alpha: float = 1.0
     """Weight of uniformity over tasks, std(gain)."""
@@ -697,7 +697,7 @@ class RunConfig:
 
     def first_reset(self) -> int | None:
         """The first iteration at which the mixture may be reset; None if there is none."""
-        if not self.decides or not self.remix.apply:
+        if not self.decides or self.remix.mode == "advise":
             return None
         return next((at for at in self.boundaries if not self.outside_phase(at)), None)
 

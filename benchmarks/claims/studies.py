@@ -11,7 +11,7 @@ from claims.runs import Experiment, Result, Runner
 
 Array = NDArray[np.float64]
 
-ADVICE = {"remix.policy": "tikmix_d", "remix.apply": False}
+ADVICE = {"remix.policy": "tikmix_d", "remix.mode": "advise"}
 """Measure at every boundary, and stay on the initial mixture."""
 
 

@@ -202,8 +202,8 @@ class Decider:
             active = ", ".join(solution.active_constraints[:4]) or "none"
             best = f"no mixture within the constraints is better (those that bind: {active})"
             return "kept", solution.reason or best
-        if not self._config.apply:
-            return "kept", f"remix.apply is false; a change of {moved:.3f} was found"
+        if self._config.mode == "advise":
+            return "kept", f"remix.mode is advise; a change of {moved:.3f} was found"
         if solution.status == "fallback":
             return "fallback", solution.reason
         if forced:

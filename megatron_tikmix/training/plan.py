@@ -109,8 +109,8 @@ def _mixture(config: RunConfig, data: TrainingData) -> str:
         kept = [at for at in boundaries if config.outside_phase(at)]
         if kept:
             text += f"; but not at {len(kept)} of them: {config.outside_phase(kept[-1])}"
-        if not config.remix.apply:
-            text += "; measured and logged only (remix.apply false)"
+        if config.remix.mode == "advise":
+            text += "; measured and logged only (remix.mode advise)"
     return text
 
 

@@ -15,7 +15,7 @@ def test_a_probe_does_not_disturb_training(settings: dict[str, Any]) -> None:
     plain = overridden(
         settings, {**DROPOUT, "remix.policy": "static", "run_dir": settings["run_dir"] + "_plain"}
     )
-    probed = overridden(settings, {**DROPOUT, "remix.apply": False})
+    probed = overridden(settings, {**DROPOUT, "remix.mode": "advise"})
     launch(plain)
     launch(probed)
     assert without_timings(read_rows(plain["run_dir"], "metrics.jsonl")) == without_timings(

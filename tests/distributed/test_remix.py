@@ -67,7 +67,7 @@ def test_without_anything_applied_training_is_that_of_a_static_run(
     for name, overrides in {
         "measured": {
             **ALL_AT_ONCE,
-            "remix.apply": False,
+            "remix.mode": "advise",
             "audit.enabled": False,
             "remix.require_audit": False,
         },

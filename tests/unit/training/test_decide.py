@@ -82,8 +82,9 @@ def test_a_mixture_that_no_other_is_better_than_stays() -> None:
 
 
 def test_measured_but_not_applied() -> None:
-    decision = decide(noise=0.01, apply=False)
+    decision = decide(noise=0.01, mode="advise")
     assert decision.source == "kept"
+    assert (decision.reason or "").startswith("remix.mode is advise; a change of 0.")
     assert decision.mixture == Mixture.uniform(DOMAINS).rounded()
     assert decision.solution is not None
     assert decision.solution.total_variation > 0.05
@@ -128,7 +129,7 @@ def test_a_cap_that_the_mixture_in_force_breaks_is_not_overruled_by_noise() -> N
     assert decision.mixture["b"] <= 50 / 300 + 1e-8
     assert decision.solution is not None
     assert "max_epochs:b" in decision.solution.active_constraints
-    only_measured = decider(constraints={"max_epochs": 2}, apply=False).decide(bank_of(0.8), at)
+    only_measured = decider(constraints={"max_epochs": 2}, mode="advise").decide(bank_of(0.8), at)
     assert only_measured.source == "kept"
 
 
