@@ -238,15 +238,16 @@ def regmix(runner: Runner, domains: Sequence[str], proxies: int) -> Choice:
         ]
     )
     loss_N = np.array(_losses(results, tasks))
-    model = lightgbm.LGBMRegressor(
-        n_estimators=200,
-        learning_rate=0.05,
-        num_leaves=15,
-        min_child_samples=max(2, proxies // 12),
-        verbosity=-1,
-        random_state=0,
-        n_jobs=1,
-    ).fit(weights_ND, loss_N)
+    options = {
+        "learning_rate": 0.05,
+        "num_leaves": 15,
+        "min_data_in_leaf": max(2, proxies // 12),
+        "verbosity": -1,
+        "seed": 0,
+        "num_threads": 1,
+    }
+    trained = lightgbm.Dataset(weights_ND, loss_N, params=options)
+    model = lightgbm.train(options, trained, num_boost_round=200)
     candidates_ND = draw(100_000)
     best = np.argsort(np.asarray(model.predict(candidates_ND)))[:100]
     chosen_D = candidates_ND[best].mean(axis=0)
