@@ -235,7 +235,9 @@ class Problem:
             yield from (slsqp.solve, conic.solve)
         else:
             yield conic.solve
-            yield slsqp.solve if D <= _SLSQP_MOST else partial(conic.solve, regularization=1e-8)
+            if D <= _SLSQP_MOST:
+                yield slsqp.solve
+        yield partial(conic.solve, regularization=1e-8)
 
     def _prior_violation(self) -> float:
         violation, _ = self.region.hard().violation(self.region.prior_D)
