@@ -25,6 +25,7 @@ setup(
         "clarabel>=0.9",  # interior-point solver: TiKMiX-D with many domains, or with cones
         "lightgbm>=4.3",  # trees of the mixture surrogate of TiKMiX-M
         "tensorboard>=2.15",  # live curves
+        "pillow>=10.1",  # heat maps as images in TensorBoard, which needs it too
         "plotly>=6.0",  # the pictures of report.html, interactive and offline
         "rich>=13.7",  # progress bar and tables on the terminal
         "jsonargparse>=4.40",  # typed YAML and command line from dataclasses

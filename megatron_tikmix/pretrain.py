@@ -109,12 +109,17 @@ def together(
     return made[0]
 
 
-def build(config: RunConfig, data: TrainingData, recorder: Recorder, parallel: Parallel) -> Run:
-    """All that a run is made of; brought back to the newest checkpoint in run_dir, if any."""
-    # The same on every rank: it follows from the configuration and the data's sizes.
-    plan = plan_probe(config, parallel.world_size, data)
+def build_training(
+    config: RunConfig, data: TrainingData, parallel: Parallel
+) -> tuple[ForwardBackward, Any, Any]:
+    """The model behind its forward-backward schedule, the optimizer and the lr scheduler.
+    Collective.
 
-    def build_training() -> tuple[Any, Any, Any]:
+    Raises:
+        InputError: megatron-core refuses the configuration.
+    """
+
+    def make() -> tuple[Any, Any, Any]:
         model = build_model(
             config.model,
             config.ddp,
@@ -126,7 +131,7 @@ def build(config: RunConfig, data: TrainingData, recorder: Recorder, parallel: P
         optimizer = build_optimizer(config, model, parallel)
         return model, optimizer, build_scheduler(config, optimizer)
 
-    model, optimizer, scheduler = together(parallel, build_training, _REFUSALS)
+    model, optimizer, scheduler = together(parallel, make, _REFUSALS)
     connect(model, optimizer)
     forward_backward = ForwardBackward(
         model,
@@ -135,15 +140,36 @@ def build(config: RunConfig, data: TrainingData, recorder: Recorder, parallel: P
         config.data.sequence_length,
         partial(forward_step, boundaries=data.boundaries),
     )
-    state = TrainState(config.train.train_iters, data.initial_schedule())
-    checkpointer = Checkpointer(
+    return forward_backward, optimizer, scheduler
+
+
+def build_checkpointer(
+    config: RunConfig,
+    forward_backward: ForwardBackward,
+    optimizer: Any,
+    scheduler: Any,
+    fingerprint: dict[str, Any],
+) -> Checkpointer:
+    """What saves and loads the run's checkpoints."""
+    return Checkpointer(
         Path(config.run_dir) / "checkpoints",
-        model,
+        forward_backward.model,
         optimizer,
         scheduler,
-        parallel,
-        fingerprint=fingerprint(config, data),
+        forward_backward.parallel,
+        fingerprint=fingerprint,
         keep=config.checkpoint.keep,
+    )
+
+
+def build(config: RunConfig, data: TrainingData, recorder: Recorder, parallel: Parallel) -> Run:
+    """All that a run is made of; brought back to the newest checkpoint in run_dir, if any."""
+    # The same on every rank: it follows from the configuration and the data's sizes.
+    plan = plan_probe(config, parallel.world_size, data)
+    forward_backward, optimizer, scheduler = build_training(config, data, parallel)
+    state = TrainState(config.train.train_iters, data.initial_schedule())
+    checkpointer = build_checkpointer(
+        config, forward_backward, optimizer, scheduler, fingerprint(config, data)
     )
     checkpointer.load_latest(state)
     check_followed(data, state, config)
@@ -163,9 +189,7 @@ def build(config: RunConfig, data: TrainingData, recorder: Recorder, parallel: P
             num_workers=config.data.num_workers or 0,
         ),
         tasks=data.tasks,
-        remixer=_build_remixer(
-            config, data, forward_backward, optimizer, scheduler, recorder, plan
-        ),
+        remixer=build_remixer(config, data, forward_backward, optimizer, scheduler, recorder, plan),
         probe_plan=plan,
         boundaries=data.stage_boundaries(config),
         planned=data.planned,
@@ -243,7 +267,7 @@ def fingerprint(config: RunConfig, data: TrainingData) -> dict[str, Any]:
     }
 
 
-def _build_remixer(
+def build_remixer(
     config: RunConfig,
     data: TrainingData,
     forward_backward: ForwardBackward,
@@ -252,6 +276,7 @@ def _build_remixer(
     recorder: Recorder,
     plan: ProbePlan | None,
 ) -> Remixer | None:
+    """What measures and decides at a boundary; None without a plan of a probe."""
     if plan is None:
         return None
     parallel, probe = forward_backward.parallel, config.probe

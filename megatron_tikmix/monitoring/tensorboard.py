@@ -2,26 +2,24 @@
 
 The horizontal axis is the iteration throughout: Megatron's "... vs samples" twins are left out,
 for a resumed run hides old points by their step, and would take samples for iterations.
-Tags are stable:
-
-    lm loss, learning-rate, grad-norm     as Megatron-LM writes them
-    tokens-per-second
-    domain_loss/<domain>                  training loss, since the last logged step
-    mixture/weight/<domain>               target, at boundaries
-    mixture/realised/<domain>             share really drawn
-    mixture/total_variation, mixture/effective_domains
-    influence/<task>/<domain>, influence_se/<task>/<domain>     benefit sign: positive helps
-    validation/loss/<task>
-    validation/bits_per_byte/<task>       tasks of prompts and completions only
-    mixture/decision                      text: what was decided at a boundary, and why
+Tags are stable; docs/monitoring.md lists them. Custom Scalars has the charts that belong together.
 """
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from megatron_tikmix.monitoring.decision import decision_in_words
+import numpy as np
+
+from megatron_tikmix.monitoring.decision import Influence, decision_in_words, mean_loss
+from megatron_tikmix.monitoring.tensorboard_layout import (
+    METRICS,
+    hparams_of,
+    layout_summary,
+    predicted_gain,
+)
 
 MEGATRON_TAGS = {"lm_loss": "lm loss", "learning_rate": "learning-rate", "grad_norm": "grad-norm"}
 
@@ -31,14 +29,24 @@ class TensorBoardWriter:
 
     A run resumed after `iteration` passes `purge_step=iteration + 1`: what the killed run wrote
     beyond its checkpoint is then hidden.
+
+    Args:
+        sequence_length: tokens a sample; None: tokens are left out.
     """
 
-    def __init__(self, log_dir: str | Path, purge_step: int | None = None) -> None:
+    def __init__(
+        self,
+        log_dir: str | Path,
+        purge_step: int | None = None,
+        sequence_length: int | None = None,
+    ) -> None:
         # Imported here: it costs a second, and only one rank needs it.
         from torch.utils.tensorboard import SummaryWriter
 
         self._writer = SummaryWriter(str(log_dir), purge_step=purge_step, flush_secs=30)
+        self._sequence_length = sequence_length
         self._evaluated: int | None = None
+        self._arranged = False
 
     def __enter__(self) -> "TensorBoardWriter":
         return self
@@ -50,6 +58,13 @@ class TensorBoardWriter:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+
+    def hparams(self, config: Mapping[str, Any]) -> None:
+        """The settings of the run's resolved configuration, for the HParams tab."""
+        from torch.utils.tensorboard.summary import hparams
+
+        for summary in hparams(hparams_of(config), dict.fromkeys(METRICS, 0.0)):
+            self._writer.file_writer.add_summary(summary)
 
     def step(self, metrics_row: Mapping[str, Any], realised: Mapping[str, float]) -> None:
         """A logged step; `realised` is each domain's share of the samples drawn."""
@@ -67,19 +82,20 @@ class TensorBoardWriter:
     ) -> None:
         """A stage of the mixture; the row of the stage before lets the words name what moved."""
         iteration = ledger_row["start_iteration"]
+        self._arrange(ledger_row)
         self._scalars("mixture/weight", ledger_row["weights"], iteration)
         self._scalars("mixture/epochs", ledger_row.get("domain_epochs"), iteration)
-        for field in ("influence", "influence_se"):
-            for task, values in (ledger_row.get(field) or {}).items():
-                self._scalars(f"{field}/{task}", values, iteration)
+        self._influence(ledger_row, iteration)
+        self._cost(ledger_row, former_row, iteration)
         for field in ("total_variation", "total_variation_noise", "effective_domains"):
             self._scalar(f"mixture/{field}", ledger_row.get(field), iteration)
         for field, values in (ledger_row.get("rank_stability") or {}).items():
             self._scalars(f"rank_stability/{field}", values, iteration)
+        self._scalars("predicted_gain", predicted_gain(dict(ledger_row)), iteration)
         certificate = (ledger_row.get("solution") or {}).get("certificate") or {}
         self._scalar("solver/duality_gap", certificate.get("gap"), iteration)
         audit = ledger_row.get("audit") or {}
-        for field in ("difference", "low", "high"):
+        for field in ("predicted", "difference", "low", "high"):
             self._scalar(f"audit/{field}", audit.get("overall", {}).get(field), iteration)
         self._validation(ledger_row, iteration)
         words = decision_in_words(former_row, ledger_row)
@@ -90,10 +106,55 @@ class TensorBoardWriter:
         """Flush what is pending and close the event file."""
         self._writer.close()
 
+    def _arrange(self, ledger_row: Mapping[str, Any]) -> None:
+        """Write the layout of the charts, once the names of what they show are known."""
+        if not self._arranged:
+            tasks = list(ledger_row.get("task_loss") or {})
+            self._writer.file_writer.add_summary(layout_summary(list(ledger_row["weights"]), tasks))
+            self._arranged = True
+
+    def _influence(self, row: Mapping[str, Any], iteration: int) -> None:
+        """Values with their errors, as numbers, as the edges of a band, and as a picture."""
+        matrix = Influence.of(row)
+        if matrix is None:
+            return
+        from megatron_tikmix.monitoring.heat_map_image import heat_map_image
+
+        for field in ("influence", "influence_se"):
+            for task, values in (row.get(field) or {}).items():
+                self._scalars(f"{field}/{task}", values, iteration)
+        for field, edge_VD in (
+            ("influence_low", matrix.values_VD - matrix.errors_VD),
+            ("influence_high", matrix.values_VD + matrix.errors_VD),
+        ):
+            for task, edge_D in zip(matrix.tasks, edge_VD, strict=True):
+                named = dict(zip(matrix.domains, edge_D.tolist(), strict=True))
+                known = {name: edge for name, edge in named.items() if math.isfinite(edge)}
+                self._scalars(f"{field}/{task}", known, iteration)
+        image, _ = heat_map_image(matrix)
+        self._writer.add_image("influence/heat_map", image, iteration, dataformats="HWC")
+
+    def _cost(
+        self, row: Mapping[str, Any], former: Mapping[str, Any] | None, iteration: int
+    ) -> None:
+        """Tokens of the domains, and those of the probe beside the interval's."""
+        length = self._sequence_length
+        if length is None:
+            return
+        drawn = {name: count * length for name, count in (row.get("domain_samples") or {}).items()}
+        self._scalars("mixture/tokens", drawn, iteration)
+        probe = row.get("probe_tokens")
+        if probe and former is not None:
+            trained = (row["start_sample"] - former["start_sample"]) * length
+            self._scalar("probe/share_of_tokens", probe / (probe + trained), iteration)
+            self._scalar("probe/seconds", row.get("probe_seconds"), iteration)
+
     def _validation(self, row: Mapping[str, Any], iteration: int) -> None:
         # A boundary's evaluation is in a metrics row and in the ledger: one point is enough.
         if row.get("task_loss") and iteration != self._evaluated:
             self._scalars("validation/loss", row["task_loss"], iteration)
+            mean = mean_loss(row["task_loss"])
+            self._scalar("validation/mean_loss", mean if np.isfinite(mean) else None, iteration)
             self._evaluated = iteration
 
     def _scalars(

@@ -49,7 +49,8 @@ class Checkpointer:
     """Saves a run under one folder, and finds the newest checkpoint there. Collective.
 
     Args:
-        fingerprint: what must not differ between saving and resuming, by configuration field.
+        fingerprint: what must not differ between saving and loading, by configuration field;
+            fields of a checkpoint that are not named here may.
         keep: how many checkpoints to keep.
     """
 
@@ -103,19 +104,23 @@ class Checkpointer:
         barrier(self._parallel)
         return path
 
-    def load_latest(self, state: TrainState) -> bool:
+    def load_latest(self, state: TrainState, iteration: int | None = None) -> bool:
         """Bring the newest checkpoint's contents into the run; False when there is none.
 
         Parameters, optimizer and schedule are filled in place, `state` too.
 
+        Args:
+            iteration: load the checkpoint of this iteration, in place of the newest one.
+
         Raises:
-            InputError: the run's data or seed is not the checkpoint's.
+            InputError: the run's data or seed is not the checkpoint's, or there is no checkpoint
+                of `iteration`.
         """
         # Read once: ranks that saw different files would resume different runs, or not at all.
         record, problem = None, None
         if self._parallel.is_main:
             try:
-                record = self._read_latest()
+                record = self._read(iteration)
             except InputError as error:
                 problem = error
         agree_on_input(problem, self._parallel)
@@ -146,13 +151,19 @@ class Checkpointer:
         check_same_on_all_ranks(state.schedule.digest(), "the mixture schedule", self._parallel)
         return True
 
-    def _read_latest(self) -> dict[str, Any] | None:
-        """The newest checkpoint's record, if there is one and it is of this run."""
+    def _read(self, iteration: int | None) -> dict[str, Any] | None:
+        """A checkpoint's record (None: the newest one's), if there is one and it is of this run."""
         latest = self._folder / _LATEST
-        if not latest.is_file():
+        if iteration is not None and self._path(iteration) not in self._complete():
+            there = [str(int(path.name.removeprefix("iter_"))) for path in self._complete()]
+            raise InputError(
+                f"{self._folder} has no checkpoint of iteration {iteration}; it has "
+                f"{', '.join(there) or 'none'}"
+            )
+        if iteration is None and not latest.is_file():
             return None
         try:
-            path = self._path(int(latest.read_text()))
+            path = self._path(int(latest.read_text()) if iteration is None else iteration)
             record: dict[str, Any] = json.loads((path / _STATE).read_text())
             fingerprint = record["fingerprint"]
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -161,10 +172,10 @@ class Checkpointer:
                 f"another one beside it into it, or use another run_dir"
             ) from error
         for field, value in fingerprint.items():
-            if self._fingerprint.get(field) != value:
+            if field in self._fingerprint and self._fingerprint[field] != value:
                 raise InputError(
                     f"{path}: was saved with {field} {value}, and the run has "
-                    f"{self._fingerprint.get(field)}; resume with the same, or use another run_dir"
+                    f"{self._fingerprint[field]}; resume with the same, or use another run_dir"
                 )
         return record
 

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from megatron_tikmix.config import RunConfig
 from megatron_tikmix.errors import InputError
 from megatron_tikmix.monitoring.history import RunHistory
@@ -65,7 +67,9 @@ class Recorder:
             self._folder / "tensorboard",
             # What an earlier start wrote from here on is hidden.
             purge_step=state.iteration + 1 if state.iteration else 0,
+            sequence_length=self._config.data.sequence_length,
         )
+        self._tensorboard.hparams(yaml.safe_load(self._resolved))
         self._terminal = Terminal(self._config.train.train_iters, start_iteration=state.iteration)
         if state.iteration:
             plan += f"\nresumed      at iteration {state.iteration} from the newest checkpoint" + (

@@ -1,9 +1,17 @@
 """Event files read back: every number of the rows is there, at its iteration, and no other."""
 
+import io
+import re
+
 import numpy as np
 import pytest
 from make_run import make_run
+from PIL import Image
+from tensorboard.plugins.custom_scalar import layout_pb2
+from tensorboard.plugins.hparams import plugin_data_pb2
 
+from megatron_tikmix.monitoring.decision import Influence
+from megatron_tikmix.monitoring.heat_map_image import cell_height, heat_map_image
 from megatron_tikmix.monitoring.tensorboard import TensorBoardWriter
 
 event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
@@ -38,16 +46,25 @@ def expected_scalars(ledger, metrics, realised):
         put("mixture/weight", row["weights"], step)
         put("mixture/epochs", row["domain_epochs"], step)
         put("validation/loss", row["task_loss"], step)
+        expected["validation/mean_loss", step] = np.mean(list(row["task_loss"].values()))
+        put("mixture/tokens", {n: 128 * c for n, c in row["domain_samples"].items()}, step)
         expected["mixture/effective_domains", step] = row["effective_domains"]
         if row["influence"]:
             expected["mixture/total_variation", step] = row["total_variation"]
             expected["mixture/total_variation_noise", step] = row["total_variation_noise"]
             expected["solver/duality_gap", step] = row["solution"]["certificate"]["gap"]
-            found = row["audit"]["overall"]
-            put("audit", {name: found[name] for name in ("difference", "low", "high")}, step)
+            put("audit", row["audit"]["overall"], step)
+            expected["probe/share_of_tokens", step] = 98304 / (98304 + 120 * 16 * 128)
+            expected["probe/seconds", step] = 3.2
+            gains = row["solution"]["gain_after"]
+            put("predicted_gain", {task: gains[task] - 0.25 for task in gains}, step)
             for task in row["influence"]:
                 put(f"influence/{task}", row["influence"][task], step)
                 put(f"influence_se/{task}", row["influence_se"][task], step)
+                for name, value in row["influence"][task].items():
+                    error = row["influence_se"][task][name]
+                    expected[f"influence_low/{task}/{name}", step] = value - error
+                    expected[f"influence_high/{task}/{name}", step] = value + error
         for field, values in (row["rank_stability"] or {}).items():
             put(f"rank_stability/{field}", values, step)
     for row in metrics:
@@ -59,11 +76,13 @@ def expected_scalars(ledger, metrics, realised):
         put("domain_loss", row["domain_loss"], step)
         put("mixture/realised", realised, step)
         put("validation/loss", row.get("task_loss", {}), step)
+        if "task_loss" in row:
+            expected["validation/mean_loss", step] = np.mean(list(row["task_loss"].values()))
     return expected
 
 
 def write(log_dir, ledger, metrics, realised, purge_step=None):
-    with TensorBoardWriter(log_dir, purge_step=purge_step) as writer:
+    with TensorBoardWriter(log_dir, purge_step=purge_step, sequence_length=128) as writer:
         former = None
         for stage in ledger:
             writer.stage(stage, former)
@@ -115,3 +134,85 @@ def test_a_resumed_run_hides_what_was_beyond_its_checkpoint(tmp_path):
     seen = {step: value for (tag, step), value in scalars.items() if tag == "lm loss"}
     wanted = {row["iteration"]: np.float32(row["lm_loss"]) for row in [*metrics[:5], *again]}
     assert seen == wanted
+
+
+def accumulated(log_dir):
+    events = event_accumulator.EventAccumulator(
+        str(log_dir), size_guidance={"tensors": 0, "images": 0}
+    )
+    events.Reload()
+    return events
+
+
+def test_the_charts_name_tags_that_are_written(tmp_path):
+    """Every chart of the layout has data, and target and realised weights share one."""
+    domains, tasks = ["web.en", "code"], ["t", "u"]
+    ledger, metrics = make_run(tmp_path / "run", domains, tasks, stages=3, seed=5)
+    write(tmp_path / "tb", ledger, metrics, dict.fromkeys(domains, 0.5))
+    events = accumulated(tmp_path / "tb")
+    (config,) = events.Tensors("custom_scalars__config__")
+    layout = layout_pb2.Layout.FromString(config.tensor_proto.string_val[0])
+    tags = set(events.Tags()["scalars"])
+    shown = {}
+    for category in layout.category:
+        for chart in category.chart:
+            drawn = {t for p in chart.multiline.tag for t in tags if re.search(p, t)}
+            for series in chart.margin.series:
+                assert {series.value, series.lower, series.upper} <= tags, chart.title
+                drawn.add(series.value)
+            assert drawn, f"{chart.title} shows nothing"
+            shown[category.title, chart.title] = drawn
+    weights = {f"mixture/{of}/{name}" for of in ("weight", "realised") for name in domains}
+    assert shown["mixture", "target (steps) and realised weights"] == weights
+    of_code = {"mixture/weight/code", "mixture/realised/code"}
+    assert shown["target and realised, by domain", "code"] == of_code
+    assert shown["influence (± one standard error)", "u"] == {f"influence/u/{n}" for n in domains}
+    unseen = tags - set().union(*shown.values())
+    edges = {tag for tag in tags if tag.startswith(("influence_", "audit/low", "audit/high"))}
+    others = {"learning-rate", "grad-norm", "tokens-per-second", "probe/seconds"}
+    assert unseen - edges == others
+
+
+def test_the_heat_map_shows_the_matrix(tmp_path):
+    """Colours at the middle of each cell: grey within noise, else by sign and size."""
+    domains, tasks = ["a", "b", "c", "d", "e"], ["t", "u"]
+    ledger, metrics = make_run(tmp_path / "run", domains, tasks, stages=2, seed=5)
+    ledger[1]["influence"]["t"] = {"a": 4.0, "b": -4.0, "c": 2.0, "d": 0.5, "e": -2.0}
+    ledger[1]["influence_se"]["t"] = {"a": 0.1, "b": 0.1, "c": 0.1, "d": 0.3, "e": None}
+    write(tmp_path / "tb", ledger, metrics, {})
+    (image,) = accumulated(tmp_path / "tb").Images("influence/heat_map")
+    assert image.step == 120
+    pixels = np.asarray(Image.open(io.BytesIO(image.encoded_image_string)).convert("RGB"))
+    drawn, (x, y) = heat_map_image(Influence.of(ledger[1]))
+    np.testing.assert_array_equal(pixels, drawn)
+    # Near a cell's corner, where no number is written.
+    cells = [tuple(pixels[y + d * cell_height(5) + 2, x + 2].tolist()) for d in range(5)]
+    grey = (0xE6, 0xE8, 0xEC)
+    assert cells[3] == cells[4] == grey
+    assert cells[0] == (0x1F, 0x5F, 0x9E)
+    assert cells[1] == (0xB2, 0x56, 0x2B)
+    assert cells[2] == (0x7F, 0xB0, 0xD8)
+
+
+def test_hparams_come_back(tmp_path):
+    config = {
+        "seed": 7,
+        "run_dir": "not compared",
+        "remix": {"policy": "tikmix_d", "constraints": {"pareto": True, "upper": [1, 2]}},
+        "train": {"train_iters": 12, "rampup_batch_size": None},
+    }
+    with TensorBoardWriter(tmp_path / "tb") as writer:
+        writer.hparams(config)
+    content = accumulated(tmp_path / "tb").summary_metadata["_hparams_/session_start_info"]
+    data = plugin_data_pb2.HParamsPluginData.FromString(content.plugin_data.content)
+    found = {
+        name: getattr(value, value.WhichOneof("kind"))
+        for name, value in data.session_start_info.hparams.items()
+    }
+    assert found == {
+        "seed": 7,
+        "remix.policy": "tikmix_d",
+        "remix.constraints.pareto": True,
+        "remix.constraints.upper": "[1, 2]",
+        "train.train_iters": 12,
+    }

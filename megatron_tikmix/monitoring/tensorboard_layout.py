@@ -1,0 +1,122 @@
+"""How TensorBoard arranges a run: the charts of its Custom Scalars tab, and its HParams tab."""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from megatron_tikmix.monitoring.run_files import Row
+
+HPARAM_SECTIONS = ("model", "data", "train", "optimizer", "scheduler", "remix", "probe")
+METRICS = ("validation/mean_loss", "lm loss")
+"""Tags that the HParams tab compares runs by."""
+
+
+def layout_of(domains: Sequence[str], tasks: Sequence[str]) -> Any:
+    """A tensorboard `layout_pb2.Layout` for these domains and tasks.
+
+    A margin chart draws a value with a band from `low` to `high`: here, one standard error.
+    """
+    from tensorboard.plugins.custom_scalar import layout_pb2 as pb
+
+    def lines(title: str, *patterns: str) -> Any:
+        return pb.Chart(title=title, multiline=pb.MultilineChartContent(tag=patterns))
+
+    def bands(title: str, *tags: tuple[str, str, str]) -> Any:
+        series = [
+            pb.MarginChartContent.Series(value=value, lower=low, upper=high)
+            for value, low, high in tags
+        ]
+        return pb.Chart(title=title, margin=pb.MarginChartContent(series=series))
+
+    categories = {
+        "mixture": [
+            lines("target (steps) and realised weights", r"^mixture/(weight|realised)/"),
+            lines("total variation and its noise", r"^mixture/total_variation"),
+            lines("effective domains, exp(H)", r"^mixture/effective_domains$"),
+            lines("epochs", r"^mixture/epochs/"),
+            lines("tokens", r"^mixture/tokens/"),
+        ],
+        "influence (± one standard error)": [
+            bands(
+                task,
+                *(
+                    (
+                        f"influence/{task}/{domain}",
+                        f"influence_low/{task}/{domain}",
+                        f"influence_high/{task}/{domain}",
+                    )
+                    for domain in domains
+                ),
+            )
+            for task in tasks
+        ],
+        "losses": [
+            lines("training", r"^lm loss$"),
+            lines("training, by domain", r"^domain_loss/"),
+            lines("validation, by task", r"^validation/loss/", r"^validation/mean_loss$"),
+        ],
+        "decision": [
+            lines("predicted gain, by task", r"^predicted_gain/"),
+            bands("audit: realised", ("audit/difference", "audit/low", "audit/high")),
+            lines("audit: predicted and realised", r"^audit/(predicted|difference)$"),
+            lines("rank stability and its ceiling", r"^rank_stability/"),
+            lines("duality gap", r"^solver/duality_gap$"),
+            lines("probe's share of tokens", r"^probe/share_of_tokens$"),
+        ],
+        "target and realised, by domain": [
+            lines(domain, *(_only(f"mixture/{of}/{domain}") for of in ("weight", "realised")))
+            for domain in domains
+        ],
+    }
+    return pb.Layout(
+        category=[
+            pb.Category(title=title, chart=charts, closed=title.endswith("by domain"))
+            for title, charts in categories.items()
+        ]
+    )
+
+
+def layout_summary(domains: Sequence[str], tasks: Sequence[str]) -> Any:
+    """:func:`layout_of` as a `Summary` for an event file, as torch's `custom_scalars` makes one:
+    that one knows no margin chart of several series."""
+    from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
+    from tensorboard.compat.proto.tensor_pb2 import TensorProto
+    from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto
+    from tensorboard.plugins.custom_scalar.metadata import CONFIG_SUMMARY_TAG, PLUGIN_NAME
+
+    content = layout_of(domains, tasks).SerializeToString()
+    tensor = TensorProto(dtype="DT_STRING", string_val=[content], tensor_shape=TensorShapeProto())
+    metadata = SummaryMetadata(plugin_data=SummaryMetadata.PluginData(plugin_name=PLUGIN_NAME))
+    return Summary(value=[Summary.Value(tag=CONFIG_SUMMARY_TAG, tensor=tensor, metadata=metadata)])
+
+
+def _only(tag: str) -> str:
+    """A pattern that this tag alone matches."""
+    return f"^{re.escape(tag)}$"
+
+
+def hparams_of(config: Mapping[str, Any]) -> dict[str, str | float | bool]:
+    """The settings of a resolved configuration that runs are compared by, flat, by dotted name."""
+    sections = {name: config.get(name) for name in HPARAM_SECTIONS}
+    found = dict(_flat({"seed": config.get("seed"), **sections}))
+    return {
+        name: value if isinstance(value, str | bool | int | float) else str(value)
+        for name, value in found.items()
+        if value is not None
+    }
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def predicted_gain(ledger_row: Row) -> dict[str, float]:
+    """By task, what the solver's answer gains over the mixture in force, in units of the largest
+    influence of any domain on the task; empty where nothing was solved."""
+    solution = ledger_row.get("solution") or {}
+    before, after = solution.get("gain_before") or {}, solution.get("gain_after") or {}
+    return {task: after[task] - before[task] for task in after if task in before}
