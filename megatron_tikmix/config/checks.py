@@ -1,0 +1,178 @@
+"""What cannot run is refused here, field by field, before anything is built."""
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+
+from megatron_tikmix.config.requirement import require
+
+if TYPE_CHECKING:
+    from megatron_tikmix.config.run import RunConfig
+
+
+def check_supported(config: "RunConfig") -> None:
+    """What megatron-core has and we cannot use yet."""
+    model, optimizer = config.model, config.optimizer
+    unsupported = {
+        "model.context_parallel_size": model.context_parallel_size > 1,
+        "model.expert_model_parallel_size": model.expert_model_parallel_size > 1,
+        "model.num_moe_experts": model.num_moe_experts is not None,
+        "model.mtp_num_layers": bool(model.mtp_num_layers),
+        "model.fp16": model.fp16,
+        # megatron-core's norm of plain torch refuses it; those of TE and Apex need a GPU.
+        "model.sequence_parallel without a GPU": (
+            model.sequence_parallel and not torch.cuda.is_available()
+        ),
+        "model.fp8": bool(model.fp8),
+        "ddp.use_megatron_fsdp": config.ddp.use_megatron_fsdp,
+        "ddp.num_distributed_optimizer_instances": (
+            config.ddp.num_distributed_optimizer_instances > 1
+        ),
+        f"optimizer.optimizer {optimizer.optimizer}": optimizer.optimizer != "adam",
+        "model.multi_latent_attention": model.multi_latent_attention,
+        # It casts gradients to bf16, also in fp32: the loss would change without a word.
+        "model.cross_entropy_loss_fusion": model.cross_entropy_loss_fusion,
+        "ddp.average_in_collective": config.ddp.average_in_collective,
+        "optimizer.optimizer_cpu_offload": optimizer.optimizer_cpu_offload,
+        "optimizer.use_precision_aware_optimizer": optimizer.use_precision_aware_optimizer,
+    }
+    for name, used in unsupported.items():
+        require(not used, name, "is not supported yet; leave it at its default")
+    # Transformer Engine's causal attention, fused kernels and windows pay no heed to a mask.
+    local = model.transformer_impl == "local" or (
+        model.transformer_impl == "auto" and not torch.cuda.is_available()
+    )
+    require(
+        not config.data.reset_attention_mask or (local and model.window_size is None),
+        "data.reset_attention_mask",
+        "needs model.transformer_impl local, and no model.window_size",
+    )
+    require(model.calculate_per_token_loss, "model.calculate_per_token_loss", "must stay true")
+
+
+def check_layout(config: "RunConfig", world_size: int) -> None:
+    """Sizes that the ranks, the pipeline or the micro-batches must divide."""
+    model, train = config.model, config.train
+    tp, pp = model.tensor_model_parallel_size, model.pipeline_model_parallel_size
+    require(
+        world_size % (tp * pp) == 0,
+        "model",
+        f"needs a multiple of tensor_model_parallel_size {tp} × pipeline_model_parallel_size "
+        f"{pp} = {tp * pp} ranks, and {world_size} were launched",
+    )
+    require(
+        model.make_vocab_size_divisible_by % tp == 0,
+        "model.make_vocab_size_divisible_by",
+        f"must be a multiple of tensor_model_parallel_size {tp}",
+    )
+    require(
+        model.hidden_size % model.num_attention_heads == 0,
+        "model.hidden_size",
+        f"({model.hidden_size}) must be a multiple of num_attention_heads "
+        f"{model.num_attention_heads}",
+    )
+    groups = model.num_query_groups or model.num_attention_heads
+    require(
+        model.num_attention_heads % groups == 0 and groups % tp == 0,
+        "model.num_query_groups",
+        f"({groups}) must divide num_attention_heads {model.num_attention_heads}, and be a "
+        f"multiple of tensor_model_parallel_size {tp}",
+    )
+    require(
+        (model.ffn_hidden_size or 0) > 0 and model.ffn_hidden_size % tp == 0,
+        "model.ffn_hidden_size",
+        f"({model.ffn_hidden_size}) must be a multiple of tensor_model_parallel_size {tp}",
+    )
+    require(
+        model.virtual_pipeline_model_parallel_size is None or pp > 1,
+        "model.virtual_pipeline_model_parallel_size",
+        "needs pipeline_model_parallel_size 2 or more",
+    )
+    layers_at_once = pp * (model.virtual_pipeline_model_parallel_size or 1)
+    require(
+        model.num_layers % layers_at_once == 0,
+        "model.num_layers",
+        f"({model.num_layers}) must be a multiple of {layers_at_once} pipeline stages",
+    )
+    step = train.micro_batch_size * config.data_parallel_size(world_size)
+    for _, size in train.batch_sizes.steps:
+        field, of = "train.global_batch_size", f"({size})"
+        if size != train.global_batch_size:
+            field, of = "train.rampup_batch_size", f"gives batches of {size}, which"
+        require(
+            size % step == 0,
+            field,
+            f"{of} must be a multiple of micro_batch_size {train.micro_batch_size} × "
+            f"{config.data_parallel_size(world_size)} data-parallel ranks = {step}",
+        )
+        require(
+            model.virtual_pipeline_model_parallel_size is None or size // step % pp == 0,
+            field,
+            f"{of} must give a multiple of {pp} micro-batches, for the interleaved "
+            f"pipeline; it gives {size // step}",
+        )
+
+
+def check_schedule(config: "RunConfig") -> None:
+    """The optimizer and its learning rate over the run."""
+    lr, min_lr = config.optimizer.lr, config.optimizer.min_lr
+    require(lr is not None and lr > 0, "optimizer.lr", "must be given, and positive")
+    require(0 <= min_lr <= lr, "optimizer.min_lr", f"({min_lr}) must be from 0 to lr {lr}")
+    for name in ("adam_beta1", "adam_beta2"):
+        value = getattr(config.optimizer, name)
+        require(0 <= value < 1, f"optimizer.{name}", f"({value}) must be from 0 to below 1")
+    require(config.optimizer.weight_decay >= 0, "optimizer.weight_decay", "must not be negative")
+    decay_iters = config.scheduler.lr_decay_iters
+    decay_iters = config.train.train_iters if decay_iters is None else decay_iters
+    require(decay_iters > 0, "scheduler.lr_decay_iters", "must be positive")
+    require(
+        config.scheduler.lr_wsd_decay_iters is None
+        or 0 < config.scheduler.lr_wsd_decay_iters <= decay_iters,
+        "scheduler.lr_wsd_decay_iters",
+        f"must be from 1 to the {decay_iters} iterations of the schedule",
+    )
+    require(
+        config.scheduler.lr_warmup_iters < decay_iters,
+        "scheduler.lr_warmup_iters",
+        f"({config.scheduler.lr_warmup_iters}) must be fewer than the {decay_iters} iterations "
+        f"of the schedule",
+    )
+
+
+def check_boundaries(config: "RunConfig") -> None:
+    """Where intervals end."""
+    require(
+        not config.remix.constraints.epoch_caps,
+        "remix.constraints.epoch_caps",
+        "follows from remix.constraints.max_epochs; set that",
+    )
+    remix, batch = config.remix, config.train.global_batch_size
+    require(
+        remix.first_interval_samples is None or remix.interval_samples is not None,
+        "remix.first_interval_samples",
+        "goes with remix.interval_samples",
+    )
+    if remix.interval_samples is None or remix.policy == "schedule":
+        return
+    first = "interval_samples" if remix.first_interval_samples is None else "first_interval_samples"
+    for name in {"interval_samples", first}:
+        samples = getattr(remix, name)
+        below = max(samples // batch * batch, 0)
+        require(
+            samples > 0 and samples % batch == 0,
+            f"remix.{name}",
+            f"({samples}) must be a whole number of global batches of {batch} samples; the "
+            f"nearest are {below or batch} and {(below or batch) + batch}",
+        )
+    samples = getattr(remix, first)
+    settled = math.ceil(3 / (1 - config.optimizer.adam_beta2))
+    sizes = config.train.batch_sizes
+    begins = int(sizes.batch_of(sizes.end_from(samples)))
+    require(
+        remix.policy == "static" or config.probe.curvature != "adam" or begins >= settled,
+        f"remix.{first}",
+        f"({samples}) puts the first boundary at iteration {begins}, before Adam's "
+        f"second moment has settled (3 / (1 − adam_beta2) = {settled} iterations); use at "
+        f"least {settled * batch}, a smaller optimizer.adam_beta2, or probe.curvature identity",
+    )

@@ -1,0 +1,65 @@
+"""Section `model`: megatron-core's TransformerConfig, and what its GPTModel takes besides."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_tikmix.config.requirement import require
+
+
+@dataclass(kw_only=True)
+class GPTConfig(TransformerConfig):
+    """megatron-core's TransformerConfig, and the arguments of its GPTModel."""
+
+    # The type of megatron-core 0.19 names its argument, which the command line cannot resolve.
+    activation_func: Callable = torch.nn.functional.gelu
+    """Activation of the MLP, by its import path: `torch.nn.functional.silu`."""
+
+    position_embedding_type: Literal["learned_absolute", "rope", "none"] = "rope"
+    """How positions are encoded."""
+
+    rotary_base: int = 10000
+    """Base period of rotary position embeddings."""
+
+    rotary_percent: float = 1.0
+    """Share of each head's dimensions that is rotated."""
+
+    share_embeddings_and_output_weights: bool = True
+    """Use the word embedding as the output layer's weight too."""
+
+    make_vocab_size_divisible_by: int = 128
+    """Pad the vocabulary to a multiple of this. Every layout pads to the same size, so
+    tensor_model_parallel_size must divide it."""
+
+    transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
+    """Layer implementation; `auto` takes Transformer Engine on a GPU where it is installed."""
+
+    # What GPTModel computes here must not depend on a knob that would silently change the loss.
+    calculate_per_token_loss: bool = True
+    """Losses and gradients are means over unmasked tokens; influence relies on it."""
+
+    def __post_init__(self) -> None:
+        for name in (
+            "num_layers",
+            "hidden_size",
+            "num_attention_heads",
+            "tensor_model_parallel_size",
+            "pipeline_model_parallel_size",
+            "make_vocab_size_divisible_by",
+        ):
+            require(getattr(self, name) > 0, f"model.{name}", "must be given, and positive")
+        for name in ("hidden_dropout", "attention_dropout"):
+            require(0 <= getattr(self, name) < 1, f"model.{name}", "must be from 0 to below 1")
+        require(0 < self.rotary_percent <= 1, "model.rotary_percent", "must be from 0 to 1")
+        require(self.rotary_base > 0, "model.rotary_base", "must be positive")
+        self.params_dtype = self.pipeline_dtype = torch.bfloat16 if self.bf16 else torch.float32
+        # With overlap_p2p_comm an output would be freed before its send is waited for.
+        self.deallocate_pipeline_outputs = False
+        if self.virtual_pipeline_model_parallel_size:
+            # Interleaved without overlap, two stages mix up their messages: the losses are wrong,
+            # and nothing says so. Overlapping is also what Megatron does unless told otherwise.
+            self.overlap_p2p_comm, self.batch_p2p_comm = True, False
+        super().__post_init__()

@@ -1,0 +1,205 @@
+"""Sections `remix`, `rollout` and `audit`: when and how the mixture is reset."""
+
+import math
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from megatron_tikmix.config.requirement import require
+from megatron_tikmix.errors import InputError
+from megatron_tikmix.mixing import MixtureConstraints
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConstraintsConfig(MixtureConstraints):
+    """Limits that every mixture decided at a boundary must respect."""
+
+    max_total_variation: float | None = None
+    """Largest change per reset, ½ Σ_j |w_j - prior_j|; None: no limit."""
+
+    pareto: bool = False
+    """No task may gain less than under the mixture in force: S w ≥ S w_prior in every row. Always
+    so with remix.preset paper."""
+
+    max_epochs: float | dict[str, float] | None = None
+    """Passes over a domain's training tokens, counted over the whole run, that no reset may plan
+    to exceed: one for all domains, or by name. It becomes an upper bound on the weight, from the
+    tokens that are left and the length of the next interval."""
+
+    def __post_init__(self) -> None:
+        try:
+            super().__post_init__()
+        except InputError as error:
+            raise InputError(f"remix.constraints.{error}") from None
+        for name in ("confidence", "pareto_slack"):
+            require(
+                self.pareto or not getattr(self, name),
+                f"remix.constraints.{name}",
+                "is about Pareto: set remix.constraints.pareto true, or leave it out",
+            )
+        caps = self.max_epochs
+        for value in caps.values() if isinstance(caps, dict) else [caps]:
+            require(
+                value is None or (math.isfinite(value) and value > 0),
+                "remix.constraints.max_epochs",
+                f"({value}) must be above 0",
+            )
+
+
+@dataclass(kw_only=True)
+class RemixConfig:
+    """When and how the mixture is reset."""
+
+    policy: Literal["tikmix_d", "tikmix_m", "static", "schedule"] = "tikmix_d"
+    """`tikmix_d` solves for the mixture at every boundary, `tikmix_m` goes on from its answer with
+    a surrogate fitted to measured candidates; `static` keeps the initial one; `schedule` follows
+    the stages of the file or run named by `schedule`."""
+
+    interval_samples: int | None = None
+    """Samples of one interval, a whole number of global batches. None: no boundary at all. During a
+    batch-size ramp-up an interval ends with the batch that reaches its end."""
+
+    schedule: str | None = None
+    """`policy: schedule`: a YAML or JSON list of stages (`start_sample`, `weights`), or the run_dir
+    or ledger (mixture.jsonl) of a run to follow. It replaces interval_samples and
+    data.initial_mixture."""
+
+    first_interval_samples: int | None = None
+    """Samples of the first interval, on the initial mixture, where it is to be shorter or longer
+    than the others: what is trained on a bad mixture is lost. None: interval_samples."""
+
+    start: int | float = 0
+    """No reset before this iteration, or before this share of training (a number with a point, up
+    to 1.0)."""
+
+    stop: int | float | None = None
+    """No reset after this iteration, or after this share of training. None: no limit."""
+
+    in_lr_decay: bool = False
+    """Also reset during the final learning-rate decay of a WSD schedule."""
+
+    mode: Literal["apply", "advise"] = "apply"
+    """`advise`: measure and solve at each boundary, log the answer, and keep the mixture."""
+
+    alpha: float = 1.0
+    """Weight of uniformity over tasks, std(gain)."""
+
+    beta: float = 1.0
+    """Weight of the gain summed over tasks."""
+
+    gamma: float = 1.0
+    """Weight of the mixture's diversity."""
+
+    preset: Literal["paper"] | None = None
+    """`paper`: as published: the raw sum over tasks, and influence, gain, diversity_reference and
+    smoothing at the values given there, and Pareto."""
+
+    influence: Literal["joint", "marginal"] | None = None
+    """`marginal`: of each domain by itself, to first order, as published. `joint`: each task's
+    gradient is fitted by those of all domains together, so that near-duplicates share their credit
+    and what only has the right words gets little. It keeps a gradient of each domain too: the
+    memory and passes of as many more tasks. None: joint; marginal with preset paper."""
+
+    gain: Literal["linear", "log"] | None = None
+    """`linear` in a mixture's influence on a task, or its `log`arithm, since gains saturate: what a
+    task gets much of already is worth less to it. None: log; linear with preset paper."""
+
+    diversity_reference: Literal["uniform", "proportional", "prior"] | None = None
+    """What diversity is measured from: `uniform` (entropy), `proportional` to training tokens, or
+    `prior`, the mixture in force; the last two as KL divergence. None: prior, so that answers
+    accumulate over boundaries and noise averages out; uniform with preset paper."""
+
+    smoothing: float | None = None
+    """Weight of former boundaries in an exponential average of influence, 0 (none) to below 1.
+    None: 0.5; 0 with preset paper."""
+
+    constraints: ConstraintsConfig = field(default_factory=ConstraintsConfig)
+
+    measure: Literal["gradient", "rollout"] = "rollout"
+    """tikmix_m: how candidates are measured: `rollout`, by training on each for a while (section
+    `rollout`), or `gradient`, by their influence, which costs nothing more."""
+
+    candidates: int = 48
+    """tikmix_m: how many candidate mixtures are measured."""
+
+    require_audit: bool = False
+    """Keep the mixture in force where the audit contradicts the prediction (section `audit`)."""
+
+    def __post_init__(self) -> None:
+        for name in ("alpha", "beta", "gamma"):
+            value = getattr(self, name)
+            require(
+                math.isfinite(value) and value >= 0,
+                f"remix.{name}",
+                "must be finite, and not negative",
+            )
+        require(
+            self.preset != "paper" or self.gain in (None, "linear"),
+            "remix.gain",
+            "is linear with remix.preset paper",
+        )
+        require(
+            (self.policy == "schedule") == (self.schedule is not None),
+            "remix.schedule",
+            "goes with remix.policy schedule, and that needs it",
+        )
+        require(0 <= (self.smoothing or 0) < 1, "remix.smoothing", "must be from 0 to below 1")
+        require(self.candidates >= 16, "remix.candidates", "must be at least 16")
+        for name in ("start", "stop"):
+            value = getattr(self, name)
+            require(
+                value is None or (value >= 0 and (isinstance(value, int) or value <= 1)),
+                f"remix.{name}",
+                f"({value}) must be an iteration (a whole number), or a share of training from "
+                f"0.0 to 1.0",
+            )
+
+    def settled(self) -> "RemixConfig":
+        """The same, with what is None given by the preset."""
+        paper = self.preset == "paper"
+        given: dict[str, Any] = {
+            "influence": "marginal" if paper else "joint",
+            "gain": "linear" if paper else "log",
+            "diversity_reference": "uniform" if paper else "prior",
+            "smoothing": 0.0 if paper else 0.5,
+        }
+        chosen = {name: value for name, value in given.items() if getattr(self, name) is None}
+        if paper and not self.constraints.pareto:
+            chosen["constraints"] = replace(self.constraints, pareto=True)
+        return replace(self, **chosen)
+
+
+@dataclass(kw_only=True)
+class RolloutConfig:
+    """Short real continuations of training, undone afterwards, that measure a candidate mixture."""
+
+    iters: int = 40
+    """Optimizer steps of each."""
+
+    repetitions: int = 1
+    """How often each candidate is measured, on fresh samples."""
+
+    def __post_init__(self) -> None:
+        for name in ("iters", "repetitions"):
+            require(getattr(self, name) > 0, f"rollout.{name}", "must be positive")
+
+
+@dataclass(kw_only=True)
+class AuditConfig:
+    """Rollouts of the old and the new mixture at a boundary, against what influence predicted."""
+
+    enabled: bool = False
+    """Make one whenever the mixture is to change."""
+
+    iters: int = 40
+    """Optimizer steps of each rollout."""
+
+    repetitions: int = 4
+    """Pairs of rollouts, each pair on fresh samples."""
+
+    confidence: float = 0.95
+    """Of the interval that a difference must be outside of to count."""
+
+    def __post_init__(self) -> None:
+        require(self.iters > 0, "audit.iters", "must be positive")
+        require(self.repetitions >= 4, "audit.repetitions", "must be at least 4, for an interval")
+        require(0 < self.confidence < 1, "audit.confidence", "must be between 0 and 1")
