@@ -62,7 +62,7 @@ def test_no_feasible_point_is_below_the_bound_whatever_the_multipliers(seed, con
     size = float(rng.choice([0.1, 1.0, 10.0]))
     multipliers = Multipliers(
         std_V=size * rng.normal(size=V),
-        groups_M=size * rng.normal(size=1),
+        groups_M=size * rng.normal(size=len(region.groups_MD)),
         change=size * float(rng.normal()),
         pareto_V=size * rng.normal(size=V),
         cones_VD=None if confidence is None else size * rng.normal(size=(V, D)),
