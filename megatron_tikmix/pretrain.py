@@ -51,7 +51,9 @@ def pretrain(config: RunConfig, resolved: str) -> None:
         if rank == 0:
             print(describe(config, world_size, load_data(config)))
         return
-    parallel = initialize(config.model, config.seed, config.timeout_minutes)
+    parallel = initialize(
+        config.model, config.seed, config.timeout_minutes, config.decision_timeout_minutes
+    )
     try:
         data = together(parallel, lambda: load_data(config))
         recorder = Recorder(config, resolved, parallel)

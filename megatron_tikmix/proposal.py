@@ -110,7 +110,9 @@ def propose(config: RunConfig, iteration: int | None = None) -> tuple[Proposal, 
         InputError: no such checkpoint, or it does not fit the configuration or the data.
     """
     config.check(launched_world()[2])
-    parallel = initialize(config.model, config.seed, config.timeout_minutes)
+    parallel = initialize(
+        config.model, config.seed, config.timeout_minutes, config.decision_timeout_minutes
+    )
     try:
         data = together(parallel, lambda: TrainingData(config))
         return _propose(config, data, iteration, parallel), parallel.is_main

@@ -57,6 +57,10 @@ class RunConfig:
     timeout_minutes: float = 30.0
     """A collective that waits longer than this ends the job."""
 
+    decision_timeout_minutes: float = 240.0
+    """How long the other ranks wait for rank 0 to decide a mixture: that of a group of their own,
+    so that a long solve trips neither NCCL's timeout nor timeout_minutes."""
+
     dry_run: bool = False
     """Check everything, print the plan, and stop before training. Set WORLD_SIZE to the
     number of ranks to be planned for."""
@@ -90,7 +94,8 @@ class RunConfig:
             "needs audit.enabled true",
         )
         require(0 <= self.seed < 2**32, "seed", f"({self.seed}) must be from 0 to 2**32 - 1")
-        require(self.timeout_minutes > 0, "timeout_minutes", "must be positive")
+        for name in ("timeout_minutes", "decision_timeout_minutes"):
+            require(getattr(self, name) > 0, name, "must be positive")
         require(bool(self.run_dir), "run_dir", "must name a folder")
         self.remix = self.remix.settled()
         self.optimizer.bf16 = self.model.bf16

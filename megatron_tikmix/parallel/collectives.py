@@ -1,6 +1,8 @@
 """The few collectives of our own. Every rank of the group must call each of them."""
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -8,7 +10,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from megatron_tikmix.errors import InputError
+from megatron_tikmix.errors import InputError, TrainingError
 from megatron_tikmix.parallel.initialize import Parallel
 
 
@@ -31,17 +33,33 @@ def gather_slices(buffer: torch.Tensor, group: dist.ProcessGroup) -> None:
 
 
 def broadcast_integers(values: np.ndarray, parallel: Parallel) -> np.ndarray:
-    """Rank 0's int64 `values`, on every rank; the others pass an array of the same shape."""
+    """Rank 0's int64 `values`, on every rank; the others pass an array of the same shape.
+
+    They wait for as long as decisions may take, `decision_timeout_minutes`.
+    """
     tensor = torch.from_numpy(values.astype(np.int64))
-    dist.broadcast(tensor, src=0, group=parallel.cpu_group)
+    with _waiting_for_decision():
+        dist.broadcast(tensor, src=0, group=parallel.decision_group)
     return tensor.numpy()
 
 
 def broadcast_object(value: Any, parallel: Parallel) -> Any:
-    """Rank 0's `value`, on every rank."""
+    """Rank 0's `value`, on every rank, which wait as in :func:`broadcast_integers`."""
     box = [value]
-    dist.broadcast_object_list(box, src=0, group=parallel.cpu_group)
+    with _waiting_for_decision():
+        dist.broadcast_object_list(box, src=0, group=parallel.decision_group)
     return box[0]
+
+
+@contextmanager
+def _waiting_for_decision() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        raise TrainingError(
+            f"rank 0 is gone, or has not decided within decision_timeout_minutes; raise that if "
+            f"deciding may take longer ({' '.join(str(error).split())[:200]})"
+        ) from error
 
 
 def agree_on_input(error: InputError | None, parallel: Parallel) -> None:
@@ -93,11 +111,15 @@ def check_same_on_all_ranks(digest: str, what: str, parallel: Parallel) -> None:
     """Stop the job if ranks hold different `what`, given a digest of it.
 
     Raises:
-        RuntimeError: names the ranks that differ from rank 0.
+        TrainingError: on every rank, naming the ranks that differ from rank 0.
     """
     mine = int.from_bytes(hashlib.sha256(digest.encode()).digest()[:8], "big", signed=True)
     digests = [torch.zeros(1, dtype=torch.int64) for _ in range(parallel.world_size)]
     dist.all_gather(digests, torch.tensor([mine]), group=parallel.cpu_group)
     different = [rank for rank, value in enumerate(digests) if value != digests[0]]
     if different:
-        raise RuntimeError(f"{what} differs between rank 0 and ranks {different}; stopping")
+        ranks = ("rank " if len(different) == 1 else "ranks ") + ", ".join(map(str, different))
+        raise TrainingError(
+            f"{what} of {ranks} differs from that of rank 0; see that all of them run the same "
+            f"code, configuration and data, and start again to resume from the newest checkpoint"
+        )

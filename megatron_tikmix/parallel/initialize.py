@@ -10,6 +10,10 @@ from megatron.core import parallel_state, tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_tikmix.config import GPTConfig, launched_world
+from megatron_tikmix.errors import InputError
+
+TIMEOUT_MINUTES = 30.0
+DECISION_TIMEOUT_MINUTES = 240.0
 
 
 @dataclass(frozen=True)
@@ -22,7 +26,44 @@ class Parallel:
     groups: ProcessGroupCollection
     """megatron-core's groups: tp, pp, dp, mp, ..."""
     cpu_group: dist.ProcessGroup
-    """All ranks, over gloo: decisions travel here, whatever the accelerators are doing."""
+    """All ranks, over gloo: sums and comparisons, whatever the accelerators are doing."""
+    decision_group: dist.ProcessGroup
+    """All ranks, over gloo, with a timeout of its own: decisions travel here, for which the
+    other ranks wait as long as the main rank solves."""
+
+    @classmethod
+    def from_megatron(
+        cls,
+        groups: ProcessGroupCollection | None = None,
+        *,
+        timeout_minutes: float = TIMEOUT_MINUTES,
+        decision_timeout_minutes: float = DECISION_TIMEOUT_MINUTES,
+    ) -> "Parallel":
+        """From the process groups that a Megatron loop has made already. Collective.
+
+        Args:
+            groups: megatron-core's; None: those of its `parallel_state`.
+            timeout_minutes, decision_timeout_minutes: of the two gloo groups made here, as in
+                :class:`~megatron_tikmix.config.RunConfig`.
+
+        Raises:
+            InputError: `parallel_state` has not been initialised.
+        """
+        if not parallel_state.is_initialized():
+            raise InputError(
+                "megatron-core has no process groups yet; call "
+                "parallel_state.initialize_model_parallel first"
+            )
+        on_gpu = torch.cuda.is_available()
+        device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else "cpu"
+        return cls(
+            rank=dist.get_rank(),
+            world_size=dist.get_world_size(),
+            device=torch.device(device),
+            groups=groups or ProcessGroupCollection.use_mpu_process_groups(),
+            cpu_group=_gloo_group(timeout_minutes),
+            decision_group=_gloo_group(decision_timeout_minutes),
+        )
 
     @property
     def is_main(self) -> bool:
@@ -43,12 +84,17 @@ class Parallel:
         return self.groups.pp.rank() == self.groups.pp.size() - 1 and self.groups.tp.rank() == 0
 
 
-def initialize(model: GPTConfig, seed: int, timeout_minutes: float) -> Parallel:
+def initialize(
+    model: GPTConfig,
+    seed: int,
+    timeout_minutes: float,
+    decision_timeout_minutes: float = DECISION_TIMEOUT_MINUTES,
+) -> Parallel:
     """Join the job that torchrun started (or be a job of one) and lay out its ranks.
 
     The layout itself was checked by :meth:`RunConfig.check`.
     """
-    rank, local_rank, world_size = launched_world()
+    _, local_rank, _ = launched_world()
     on_gpu = torch.cuda.is_available()
     if on_gpu:
         torch.cuda.set_device(local_rank)
@@ -65,13 +111,13 @@ def initialize(model: GPTConfig, seed: int, timeout_minutes: float) -> Parallel:
         create_gloo_process_groups=False,
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
-    return Parallel(
-        rank=rank,
-        world_size=world_size,
-        device=torch.device("cuda", local_rank) if on_gpu else torch.device("cpu"),
-        groups=ProcessGroupCollection.use_mpu_process_groups(),
-        cpu_group=dist.new_group(backend="gloo", timeout=timeout),
+    return Parallel.from_megatron(
+        timeout_minutes=timeout_minutes, decision_timeout_minutes=decision_timeout_minutes
     )
+
+
+def _gloo_group(timeout_minutes: float) -> dist.ProcessGroup:
+    return dist.new_group(backend="gloo", timeout=timedelta(minutes=timeout_minutes))
 
 
 def shut_down() -> None:
