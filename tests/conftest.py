@@ -184,11 +184,11 @@ def read_rows(run_dir: str | Path, name: str) -> list[dict[str, Any]]:
 
 
 def without_timings(value: Any) -> Any:
-    """The same rows without the fields that are seconds, or per second."""
+    """The same rows without the fields that are seconds, per second, or memory."""
     if isinstance(value, dict):
         return {
             key: without_timings(item)
             for key, item in value.items()
-            if not key.endswith(("_seconds", "_per_second"))
+            if not key.endswith(("_seconds", "_per_second", "memory_bytes"))
         }
     return [without_timings(item) for item in value] if isinstance(value, list) else value

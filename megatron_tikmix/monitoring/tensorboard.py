@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_tikmix.monitoring.cost import share_of_compute, spent
 from megatron_tikmix.monitoring.decision import Influence, decision_in_words, mean_loss
 from megatron_tikmix.monitoring.tensorboard_layout import (
     METRICS,
@@ -21,7 +22,16 @@ from megatron_tikmix.monitoring.tensorboard_layout import (
     predicted_gain,
 )
 
-MEGATRON_TAGS = {"lm_loss": "lm loss", "learning_rate": "learning-rate", "grad_norm": "grad-norm"}
+MEGATRON_TAGS = {
+    "lm_loss": "lm loss",
+    "learning_rate": "learning-rate",
+    "grad_norm": "grad-norm",
+    "tokens_per_second": "tokens-per-second",
+    "memory_bytes": "mem-max-allocated-bytes",
+}
+SOLVER_TAGS = {"objective": "objective", "solve_seconds": "seconds"}
+CERTIFICATE_TAGS = {"gap": "duality_gap", "lower_bound": "lower_bound", "violation": "violation"}
+AUDITED = ("predicted", "difference", "low", "high")
 
 
 class TensorBoardWriter:
@@ -45,8 +55,10 @@ class TensorBoardWriter:
 
         self._writer = SummaryWriter(str(log_dir), purge_step=purge_step, flush_secs=30)
         self._sequence_length = sequence_length
-        self._evaluated: int | None = None
+        # Iterations whose evaluation and consumption are written; where a run goes on, it has both.
+        self._evaluated = self._counted = purge_step - 1 if purge_step else None
         self._arranged = False
+        self._has = {"decides": True, "audits": True}
 
     def __enter__(self) -> "TensorBoardWriter":
         return self
@@ -60,20 +72,26 @@ class TensorBoardWriter:
         self.close()
 
     def hparams(self, config: Mapping[str, Any]) -> None:
-        """The settings of the run's resolved configuration, for the HParams tab."""
+        """The settings of the run's resolved configuration, for the HParams tab; before stages."""
         from torch.utils.tensorboard.summary import hparams
 
         for summary in hparams(hparams_of(config), dict.fromkeys(METRICS, 0.0)):
             self._writer.file_writer.add_summary(summary)
+        policy, audit = config.get("remix", {}).get("policy"), config.get("audit", {})
+        self._has = {
+            "decides": policy not in ("static", "schedule"),
+            "audits": bool(audit.get("enabled")),
+        }
 
     def step(self, metrics_row: Mapping[str, Any], realised: Mapping[str, float]) -> None:
         """A logged step; `realised` is each domain's share of the samples drawn."""
         iteration = metrics_row["iteration"]
         for field, tag in MEGATRON_TAGS.items():
             self._scalar(tag, metrics_row.get(field), iteration)
-        self._scalar("tokens-per-second", metrics_row.get("tokens_per_second"), iteration)
         self._scalars("domain_loss", metrics_row.get("domain_loss"), iteration)
         self._scalars("mixture/realised", realised, iteration)
+        if "domain_epochs" in metrics_row:  # an interval has ended here
+            self._consumption(metrics_row, iteration)
         self._validation(metrics_row, iteration)
         self._scalars("validation/bits_per_byte", metrics_row.get("task_bits_per_byte"), iteration)
 
@@ -84,7 +102,7 @@ class TensorBoardWriter:
         iteration = ledger_row["start_iteration"]
         self._arrange(ledger_row)
         self._scalars("mixture/weight", ledger_row["weights"], iteration)
-        self._scalars("mixture/epochs", ledger_row.get("domain_epochs"), iteration)
+        self._consumption(ledger_row, iteration)
         self._influence(ledger_row, iteration)
         self._cost(ledger_row, former_row, iteration)
         for field in ("total_variation", "total_variation_noise", "effective_domains"):
@@ -92,11 +110,8 @@ class TensorBoardWriter:
         for field, values in (ledger_row.get("rank_stability") or {}).items():
             self._scalars(f"rank_stability/{field}", values, iteration)
         self._scalars("predicted_gain", predicted_gain(dict(ledger_row)), iteration)
-        certificate = (ledger_row.get("solution") or {}).get("certificate") or {}
-        self._scalar("solver/duality_gap", certificate.get("gap"), iteration)
-        audit = ledger_row.get("audit") or {}
-        for field in ("predicted", "difference", "low", "high"):
-            self._scalar(f"audit/{field}", audit.get("overall", {}).get(field), iteration)
+        self._solver(ledger_row.get("solution") or {}, iteration)
+        self._audit(ledger_row.get("audit") or {}, iteration)
         self._validation(ledger_row, iteration)
         words = decision_in_words(former_row, ledger_row)
         self._writer.add_text("mixture/decision", words, iteration)
@@ -110,7 +125,9 @@ class TensorBoardWriter:
         """Write the layout of the charts, once the names of what they show are known."""
         if not self._arranged:
             tasks = list(ledger_row.get("task_loss") or {})
-            self._writer.file_writer.add_summary(layout_summary(list(ledger_row["weights"]), tasks))
+            weights = ledger_row["weights"]
+            domains = sorted(weights, key=lambda name: -weights[name])  # the largest share a chart
+            self._writer.file_writer.add_summary(layout_summary(domains, tasks, **self._has))
             self._arranged = True
 
     def _influence(self, row: Mapping[str, Any], iteration: int) -> None:
@@ -134,20 +151,49 @@ class TensorBoardWriter:
         image, _ = heat_map_image(matrix)
         self._writer.add_image("influence/heat_map", image, iteration, dataformats="HWC")
 
+    def _consumption(self, row: Mapping[str, Any], iteration: int) -> None:
+        """What was drawn of each domain so far."""
+        # As with evaluations: the end of an interval is in a metrics row and in the ledger.
+        if iteration == self._counted:
+            return
+        self._counted = iteration
+        self._scalars("mixture/epochs", row.get("domain_epochs"), iteration)
+        if self._sequence_length is not None:
+            samples = row.get("domain_samples") or {}
+            tokens = {name: count * self._sequence_length for name, count in samples.items()}
+            self._scalars("mixture/tokens", tokens, iteration)
+
     def _cost(
         self, row: Mapping[str, Any], former: Mapping[str, Any] | None, iteration: int
     ) -> None:
-        """Tokens of the domains, and those of the probe beside the interval's."""
-        length = self._sequence_length
-        if length is None:
+        """Of the compute since the last boundary, the shares of the probe and of all deciding."""
+        parts = spent(row)
+        if not parts or former is None:
             return
-        drawn = {name: count * length for name, count in (row.get("domain_samples") or {}).items()}
-        self._scalars("mixture/tokens", drawn, iteration)
-        probe = row.get("probe_tokens")
-        if probe and former is not None:
-            trained = (row["start_sample"] - former["start_sample"]) * length
-            self._scalar("probe/share_of_tokens", probe / (probe + trained), iteration)
-            self._scalar("probe/seconds", row.get("probe_seconds"), iteration)
+        probe = [part for part in parts if part.kind == "probe"]
+        if self._sequence_length is not None:
+            trained = (row["start_sample"] - former["start_sample"]) * self._sequence_length
+            self._scalar("probe/share_of_compute", share_of_compute(probe, trained), iteration)
+            self._scalar("decision/share_of_compute", share_of_compute(parts, trained), iteration)
+        for part in probe:
+            self._scalar("probe/seconds", part.seconds, iteration)
+        seconds = [part.seconds for part in parts if part.seconds is not None]
+        self._scalar("decision/seconds", sum(seconds), iteration)
+
+    def _solver(self, solution: Mapping[str, Any], iteration: int) -> None:
+        """The answer's value, and what certifies it."""
+        for field, tag in SOLVER_TAGS.items():
+            self._scalar(f"solver/{tag}", solution.get(field), iteration)
+        for field, tag in CERTIFICATE_TAGS.items():
+            certificate = solution.get("certificate") or {}
+            self._scalar(f"solver/{tag}", certificate.get(field), iteration)
+
+    def _audit(self, audit: Mapping[str, Any], iteration: int) -> None:
+        """What was predicted and realised, overall and of each task."""
+        for field in AUDITED:
+            self._scalar(f"audit/{field}", audit.get("overall", {}).get(field), iteration)
+            for task, found in audit.get("tasks", {}).items():
+                self._scalar(f"audit/{field}/{task}", found.get(field), iteration)
 
     def _validation(self, row: Mapping[str, Any], iteration: int) -> None:
         # A boundary's evaluation is in a metrics row and in the ledger: one point is enough.

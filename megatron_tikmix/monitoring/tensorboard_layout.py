@@ -10,11 +10,19 @@ HPARAM_SECTIONS = ("model", "data", "train", "optimizer", "scheduler", "remix", 
 METRICS = ("validation/mean_loss", "lm loss")
 """Tags that the HParams tab compares runs by."""
 
+WEIGHTS = ("weight", "realised")
+MOST_BANDS, FEW_CHARTS = 12, 8
+"""Of more domains, a chart shows as many as can be told apart; a longer category begins closed."""
 
-def layout_of(domains: Sequence[str], tasks: Sequence[str]) -> Any:
+
+def layout_of(
+    domains: Sequence[str], tasks: Sequence[str], *, decides: bool = True, audits: bool = True
+) -> Any:
     """A tensorboard `layout_pb2.Layout` for these domains and tasks.
 
-    A margin chart draws a value with a band from `low` to `high`: here, one standard error.
+    A margin chart draws a value with a band from `low` to `high`: here, one standard error. Many
+    domains are spread over several charts, in their order. What a run that does not decide or
+    audit never writes has no chart.
     """
     from tensorboard.plugins.custom_scalar import layout_pb2 as pb
 
@@ -36,20 +44,13 @@ def layout_of(domains: Sequence[str], tasks: Sequence[str]) -> Any:
             lines("epochs", r"^mixture/epochs/"),
             lines("tokens", r"^mixture/tokens/"),
         ],
-        "influence (± one standard error)": [
-            bands(
-                task,
-                *(
-                    (
-                        f"influence/{task}/{domain}",
-                        f"influence_low/{task}/{domain}",
-                        f"influence_high/{task}/{domain}",
-                    )
-                    for domain in domains
-                ),
-            )
+        **{
+            f"influence on {task} (± one standard error)": [
+                bands(_span(group), *(_band("influence", f"{task}/{name}") for name in group))
+                for group in _groups(domains, MOST_BANDS)
+            ]
             for task in tasks
-        ],
+        },
         "losses": [
             lines("training", r"^lm loss$"),
             lines("training, by domain", r"^domain_loss/"),
@@ -57,26 +58,47 @@ def layout_of(domains: Sequence[str], tasks: Sequence[str]) -> Any:
         ],
         "decision": [
             lines("predicted gain, by task", r"^predicted_gain/"),
-            bands("audit: realised", ("audit/difference", "audit/low", "audit/high")),
-            lines("audit: predicted and realised", r"^audit/(predicted|difference)$"),
             lines("rank stability and its ceiling", r"^rank_stability/"),
-            lines("duality gap", r"^solver/duality_gap$"),
-            lines("probe's share of tokens", r"^probe/share_of_tokens$"),
+            lines("objective and its lower bound", r"^solver/(objective|lower_bound)$"),
+            lines("duality gap and violation", r"^solver/(duality_gap|violation)$"),
+        ],
+        "audit": [
+            lines("predicted and realised", r"^audit/(predicted|difference)$"),
+            bands("realised", ("audit/difference", "audit/low", "audit/high")),
+            *(
+                bands("realised, by task", *map(_audited, group))
+                for group in _groups(tasks, MOST_BANDS)
+            ),
+        ],
+        "cost": [
+            lines("share of compute", r"^(probe|decision)/share_of_compute$"),
+            lines("seconds", r"^(probe|decision)/seconds$"),
+            lines("tokens per second", r"^tokens-per-second$"),
+            lines("peak of memory, bytes", r"^mem-max-allocated-bytes$"),
         ],
         "target and realised, by domain": [
-            lines(domain, *(_only(f"mixture/{of}/{domain}") for of in ("weight", "realised")))
-            for domain in domains
+            lines(
+                _span(group),
+                *(_only(f"mixture/{of}/{name}") for name in group for of in WEIGHTS),
+            )
+            for group in _groups(domains, 1 if len(domains) <= MOST_BANDS else MOST_BANDS // 2)
         ],
     }
+    unwritten = set()
+    if not decides:
+        unwritten |= {title for title in categories if title.startswith(("influence", "decision"))}
+    if not (decides and audits):
+        unwritten |= {"audit"}
     return pb.Layout(
         category=[
-            pb.Category(title=title, chart=charts, closed=title.endswith("by domain"))
+            pb.Category(title=title, chart=charts, closed=len(charts) > FEW_CHARTS)
             for title, charts in categories.items()
+            if title not in unwritten
         ]
     )
 
 
-def layout_summary(domains: Sequence[str], tasks: Sequence[str]) -> Any:
+def layout_summary(domains: Sequence[str], tasks: Sequence[str], **has: bool) -> Any:
     """:func:`layout_of` as a `Summary` for an event file, as torch's `custom_scalars` makes one:
     that one knows no margin chart of several series."""
     from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
@@ -84,10 +106,29 @@ def layout_summary(domains: Sequence[str], tasks: Sequence[str]) -> Any:
     from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto
     from tensorboard.plugins.custom_scalar.metadata import CONFIG_SUMMARY_TAG, PLUGIN_NAME
 
-    content = layout_of(domains, tasks).SerializeToString()
+    content = layout_of(domains, tasks, **has).SerializeToString()
     tensor = TensorProto(dtype="DT_STRING", string_val=[content], tensor_shape=TensorShapeProto())
     metadata = SummaryMetadata(plugin_data=SummaryMetadata.PluginData(plugin_name=PLUGIN_NAME))
     return Summary(value=[Summary.Value(tag=CONFIG_SUMMARY_TAG, tensor=tensor, metadata=metadata)])
+
+
+def _groups(names: Sequence[str], size: int) -> Iterator[Sequence[str]]:
+    """`names` in runs of at most `size`."""
+    return (names[start : start + size] for start in range(0, len(names), size))
+
+
+def _span(names: Sequence[str]) -> str:
+    """What a chart of these domains is called."""
+    return names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
+
+
+def _band(prefix: str, name: str) -> tuple[str, str, str]:
+    """Tags of a value and of the edges of its band."""
+    return f"{prefix}/{name}", f"{prefix}_low/{name}", f"{prefix}_high/{name}"
+
+
+def _audited(task: str) -> tuple[str, str, str]:
+    return f"audit/difference/{task}", f"audit/low/{task}", f"audit/high/{task}"
 
 
 def _only(tag: str) -> str:

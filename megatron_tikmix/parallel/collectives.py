@@ -26,6 +26,13 @@ def sum_over_ranks(values: torch.Tensor, parallel: Parallel) -> torch.Tensor:
     return total
 
 
+def max_over_ranks(value: float, parallel: Parallel) -> float:
+    """The largest `value` of any rank."""
+    largest = torch.tensor(value, dtype=torch.float64)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=parallel.cpu_group)
+    return largest.item()
+
+
 def gather_slices(buffer: torch.Tensor, group: dist.ProcessGroup) -> None:
     """Complete `buffer`, flat, of which each rank of the group holds its own equal slice."""
     mine = buffer.chunk(group.size())[group.rank()]

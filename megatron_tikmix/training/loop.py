@@ -3,7 +3,7 @@
 import bisect
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,11 +15,16 @@ from megatron_tikmix.data.loader import DataParallelLoader
 from megatron_tikmix.data.tasks import Task
 from megatron_tikmix.errors import TrainingError
 from megatron_tikmix.mixing import Mixture, MixtureSchedule
-from megatron_tikmix.parallel.collectives import check_same_on_all_ranks, sum_over_ranks
+from megatron_tikmix.parallel.collectives import (
+    check_same_on_all_ranks,
+    max_over_ranks,
+    sum_over_ranks,
+)
 from megatron_tikmix.parallel.initialize import Parallel
 from megatron_tikmix.training.checkpoint import Checkpointer
 from megatron_tikmix.training.decide import Boundary, Decision
 from megatron_tikmix.training.evaluate import evaluate
+from megatron_tikmix.training.memory import peak_memory_bytes
 from megatron_tikmix.training.probe_plan import ProbePlan
 from megatron_tikmix.training.record import Recorder
 from megatron_tikmix.training.remix import Remixer
@@ -78,7 +83,11 @@ def train(run: Run) -> None:
     while not state.done:
         row = train_interval(run, until=run.interval_end())
         task_loss = measure(run)
-        row |= {"task_loss": task_loss, "task_bits_per_byte": bits_per_byte(run, task_loss)}
+        row |= {
+            "task_loss": task_loss,
+            "task_bits_per_byte": bits_per_byte(run, task_loss),
+            "domain_epochs": epochs(run, row["domain_samples"]),
+        }
         run.recorder.step(row, realised_mixture(run))
         if not state.done:
             if run.probe_plan and len(state.ledger) == 1:
@@ -108,12 +117,11 @@ def reset_mixture(run: Run, task_loss: dict[str, float]) -> None:
 def boundary(run: Run) -> Boundary:
     """Where the run stands, for the decision on the stage that begins here."""
     state = run.state
-    counts_D = state.schedule.domain_counts(state.consumed_samples)
     return Boundary(
         stage=len(state.ledger),
         iteration=state.iteration,
         prior=state.schedule.mixture(-1),
-        consumed=dict(zip(run.domains, counts_D.tolist(), strict=True)),
+        consumed=drawn(state),
         interval_samples=run.config.train.consumed_samples(run.interval_end())
         - state.consumed_samples,
         ledger=state.ledger,
@@ -175,8 +183,10 @@ def metrics_row(state: TrainState, result: StepResult, meter: "LossMeter") -> di
         "learning_rate": result.learning_rate,
         "grad_norm": result.grad_norm,
         "tokens_per_second": tokens_per_second,
+        "memory_bytes": meter.peak_memory_bytes(),
         "skipped_iterations": state.skipped_iterations,
         "domain_loss": domain_loss,
+        "domain_samples": drawn(state),
     }
 
 
@@ -194,6 +204,17 @@ def bits_per_byte(run: Run, task_loss: dict[str, float]) -> dict[str, float]:
         for task in run.tasks
     }
     return {name: value for name, value in found.items() if value is not None}
+
+
+def drawn(state: TrainState) -> dict[str, int]:
+    """Samples of each domain that training has drawn so far."""
+    counts_D = state.schedule.domain_counts(state.consumed_samples)
+    return dict(zip(state.schedule.domains, counts_D.tolist(), strict=True))
+
+
+def epochs(run: Run, samples: Mapping[str, int]) -> dict[str, float]:
+    """Passes over each domain that so many samples of it are."""
+    return {stream.name: samples[stream.name] / stream.samples_per_epoch for stream in run.streams}
 
 
 def realised_mixture(run: Run) -> dict[str, float]:
@@ -223,9 +244,7 @@ def open_stage(run: Run, decision: Decision | None, task_loss: dict[str, float])
         "influence_se": None,
         "task_loss": task_loss,
         "domain_samples": samples,
-        "domain_epochs": {
-            stream.name: samples[stream.name] / stream.samples_per_epoch for stream in run.streams
-        },
+        "domain_epochs": epochs(run, samples),
         "curvature": None,
         "total_variation": None,
         "total_variation_noise": None,
@@ -269,6 +288,11 @@ class LossMeter:
             # A product, not a scatter: the same bits every time on a GPU too, and no waiting.
             member = torch.nn.functional.one_hot(rows["domain"], len(self._domains)).double()
             self._sums_D2 += member.T @ values
+
+    def peak_memory_bytes(self) -> int:
+        """The largest that any rank has used since it started. Collective."""
+        mine = peak_memory_bytes(self._parallel.device)
+        return int(max_over_ranks(mine, self._parallel))
 
     def collect(self) -> tuple[float, dict[str, float], float]:
         """Mean loss, mean loss of each domain seen, and tokens/s. Collective; starts anew."""
