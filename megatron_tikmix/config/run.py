@@ -51,6 +51,9 @@ class RunConfig:
     run_dir: str = "runs/run"
     """Where everything of the run is written."""
 
+    baseline: str | None = None
+    """Another run's `run_dir`: report.html holds this run's task losses against its."""
+
     seed: int = 1234
     """Seed of parameters, dropout and sample order."""
 

@@ -45,6 +45,18 @@ def spent(row: Mapping[str, Any]) -> list[Spent]:
     return parts
 
 
+def total(kind: str, parts: list[Spent]) -> Spent:
+    """All parts of a kind in one."""
+    mine = [part for part in parts if part.kind == kind]
+    seconds = [part.seconds for part in mine if part.seconds is not None]
+    return Spent(
+        kind,
+        sum(part.trained_tokens for part in mine),
+        sum(part.evaluated_tokens for part in mine),
+        sum(seconds) if seconds else None,
+    )
+
+
 def share_of_compute(parts: list[Spent], trained_tokens: float) -> float | None:
     """Of the compute of `parts` and of so many tokens of training; None without any of either."""
     part = sum(each.compute for each in parts)

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_tikmix.monitoring.cost import Spent, spent, total
 from megatron_tikmix.monitoring.decision import Array, Influence, mean_loss
 from megatron_tikmix.monitoring.run_files import Row, RunFiles
 
@@ -22,6 +23,7 @@ class RunHistory:
         self.config = files.config
         self.metrics = files.metrics
         self.stages = files.ledger
+        self.starts = files.starts
         last = self.stages[-1]["weights"] if self.stages else {}
         names = dict.fromkeys(name for row in self.stages for name in row["weights"])
         self.domains: list[str] = sorted(names, key=lambda name: -last.get(name, 0.0))
@@ -66,33 +68,49 @@ class RunHistory:
     def samples_KD(self) -> Array:
         """Samples of each domain drawn within each stage.
 
-        The ledger counts them at every boundary; since the last one, they are the stage's weights
-        times its samples, which the blending follows to within a sample.
+        The ledger counts them at every boundary, and the metrics since the last one.
         """
         if not self.stages:
             return np.zeros((0, 0))
         before_KD = self._per_domain("domain_samples")
-        open_stage = self.weights_KD[-1] * (self.samples - self.stages[-1]["start_sample"])
-        return np.vstack([np.diff(before_KD, axis=0), open_stage])
+        counted = self.metrics[-1].get("domain_samples") if self.metrics else None
+        if counted and self.metrics[-1]["iteration"] >= self.stages[-1]["start_iteration"]:
+            open_D = np.array([counted.get(name, 0.0) for name in self.domains]) - before_KD[-1]
+        else:  # the blending follows the weights to within a sample
+            open_D = self.weights_KD[-1] * (self.samples - self.stages[-1]["start_sample"])
+        return np.vstack([np.diff(before_KD, axis=0), open_D])
 
     @cached_property
     def realised_KD(self) -> Array:
-        """Each domain's share of the samples drawn within a stage; NaN while the stage is open."""
-        share_KD = self.samples_KD / np.maximum(self.samples_KD.sum(axis=1, keepdims=True), 1)
-        share_KD[-1:] = np.nan
-        return share_KD
+        """Each domain's share of the samples drawn within a stage so far; NaN before there are."""
+        total_K1 = self.samples_KD.sum(axis=1, keepdims=True)
+        return self.samples_KD / np.where(total_K1 > 0, total_K1, np.nan)
 
     @cached_property
     def epochs_KD(self) -> Array:
-        """Passes over each domain within each stage; NaN for a domain never drawn before the last.
+        """Passes over each domain within each stage; NaN for a domain whose size is not known yet.
 
-        The ledger gives epochs and samples at the last boundary: their ratio is the domain's size.
+        The ledger, and the metrics where an interval ends, give epochs and samples: their ratio is
+        the domain's size.
         """
-        samples_D = self._per_domain("domain_samples")[-1:].sum(axis=0)
-        epochs_D = self._per_domain("domain_epochs")[-1:].sum(axis=0)
+        last = [row for row in [*self.stages, *self.metrics] if row.get("domain_epochs")][-1:]
+        samples_D, epochs_D = (
+            np.array([row[field].get(name, 0.0) for row in last for name in self.domains])
+            if last
+            else np.zeros(len(self.domains))
+            for field in ("domain_samples", "domain_epochs")
+        )
         epochs_per_sample_D = np.full(len(self.domains), np.nan)
         np.divide(epochs_D, samples_D, out=epochs_per_sample_D, where=samples_D > 0)
         return self.samples_KD * epochs_per_sample_D
+
+    @property
+    def epoch_caps_D(self) -> Array:
+        """`remix.constraints.max_epochs` of each domain; infinite where there is none."""
+        caps = self.setting("remix", "constraints", "max_epochs")
+        named = caps if isinstance(caps, dict) else dict.fromkeys(self.domains, caps)
+        found = [named.get(name) for name in self.domains]
+        return np.array([np.inf if cap is None else cap for cap in found], dtype=np.float64)
 
     @cached_property
     def measured(self) -> list[tuple[Row, Influence]]:
@@ -128,13 +146,25 @@ class RunHistory:
         """
         if self.sequence_length is None:
             return None
-        training, before = 0.0, 0
+        probe = sum(row.get("probe_seconds") or 0.0 for row in self.stages)
+        return _share(probe, self.training_seconds)
+
+    @cached_property
+    def training_seconds(self) -> float:
+        """Seconds of training steps, from the logged throughput; 0 without a sequence length."""
+        seconds, before = 0.0, 0
         for row in self.metrics:
             if row.get("tokens_per_second"):
-                tokens = (row["consumed_samples"] - before) * self.sequence_length
-                training += tokens / row["tokens_per_second"]
+                tokens = (row["consumed_samples"] - before) * (self.sequence_length or 0)
+                seconds += tokens / row["tokens_per_second"]
             before = row["consumed_samples"]
-        return _share(sum(row.get("probe_seconds") or 0.0 for row in self.stages), training)
+        return seconds
+
+    @cached_property
+    def spent(self) -> list[Spent]:
+        """What the boundaries took altogether, by kind: probes, rollouts and audits."""
+        parts = [part for row in self.stages for part in spent(row)]
+        return [total(kind, parts) for kind in dict.fromkeys(part.kind for part in parts)]
 
 
 def _share(part: float, rest: float) -> float | None:

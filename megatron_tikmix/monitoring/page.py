@@ -44,6 +44,13 @@ th {
 }
 td { border-bottom: 1px solid var(--rule); vertical-align: top; overflow-wrap: anywhere; }
 .right { text-align: right; }
+details { margin-top: 12px; }
+summary { cursor: pointer; color: var(--faint); font-size: 14px; overflow-wrap: anywhere; }
+h3 { font-size: 15px; margin: 22px 0 0; overflow-wrap: anywhere; }
+pre {
+  background: var(--tint); border: 1px solid var(--rule); border-radius: 8px; padding: 12px 14px;
+  max-height: 480px; overflow: auto; font-size: 12.5px; line-height: 1.45;
+}
 td.right, td.brief { white-space: nowrap; overflow-wrap: normal; }
 @media print {
   body { max-width: none; padding: 0; font-size: 13px; }
@@ -55,6 +62,8 @@ td.right, td.brief { white-space: nowrap; overflow-wrap: normal; }
   p, tr, .frame:not(.tall) .plotly-graph-div { break-inside: avoid; }
 }
 """
+
+POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:"
 
 # Paper is narrower than most windows, and plotly looks at its width only when told to.
 FIT_TO_PAPER = """
@@ -96,9 +105,15 @@ def picture(name: str, figure: go.Figure) -> str:
         include_mathjax=False,
         div_id=name,
         default_height=f"{figure.layout.height}px",
-        config={"displayModeBar": False, "responsive": True},
+        # A name such as `$x$` is a name, not a formula.
+        config={"displayModeBar": False, "responsive": True, "typesetMath": False},
     )
     return _frame(content, tall=figure.layout.height > TALL)
+
+
+def details(title: str, content: str) -> str:
+    """Content that is shown when its title is clicked on."""
+    return f"<details>{text('summary', title)}{content}</details>"
 
 
 def section(title: str, hint: str, content: str) -> str:
@@ -107,10 +122,12 @@ def section(title: str, hint: str, content: str) -> str:
 
 
 def page(title: str, body: str) -> str:
-    """The whole document. It fetches nothing: scripts and styles are inside."""
+    """The whole document. It fetches nothing: scripts and styles are inside, and its policy tells
+    browsers to refuse whatever else it might ask for."""
     return (
         '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
         f"{text('title', title)}<style>{STYLE}</style><script>{get_plotlyjs()}</script></head>"
         f"<body>{body}<script>{FIT_TO_PAPER}</script></body></html>"
     )

@@ -24,6 +24,13 @@ from megatron_tikmix.monitoring.formatting import count, number, percent
 from megatron_tikmix.monitoring.history import RunHistory
 
 LONGEST_LEGEND = len(COLOURS)
+MOST_CHANGES = 24
+GAIN, LOSS, CAP = "#1f5f9e", "#b2562b", "#d62728"
+
+
+def crowded(history: RunHistory) -> bool:
+    """Whether there are more domains than can have a colour of their own."""
+    return len(history.domains) > LONGEST_LEGEND
 
 
 def weights_over_time(history: RunHistory) -> go.Figure:
@@ -63,6 +70,35 @@ def weights_over_time(history: RunHistory) -> go.Figure:
     dress(figure, height=420, barmode="stack", legend={"traceorder": "reversed"})
     figure.update_xaxes(title="iteration", range=[starts[0], starts[-1] + widths[-1]])
     figure.update_yaxes(title="weight", range=[0, 100.01], ticksuffix=" %")
+    return figure
+
+
+def largest_changes(history: RunHistory) -> go.Figure:
+    """First and last weight of the domains that moved most, the largest gain on top."""
+    first_D, last_D = history.weights_KD[0], history.weights_KD[-1]
+    by_size = np.argsort(-np.abs(last_D - first_D), kind="stable")[:MOST_CHANGES].tolist()
+    shown = sorted(by_size, key=lambda d: first_D[d] - last_D[d])
+    names = [history.domains[d] for d in shown]
+    figure = go.Figure()
+    for row, d in enumerate(shown):
+        before, after = 100 * first_D[d], 100 * last_D[d]
+        figure.add_scatter(
+            x=[before, after],
+            y=[row, row],
+            mode="lines+markers",
+            line={"color": GAIN if after > before else LOSS, "width": 3},
+            marker={"symbol": ["circle", "circle"], "size": [6, 12]},
+            hovertext=f"<b>{label(names[row], 60)}</b><br>{before:.2f} % → {after:.2f} %",
+            hoverinfo="text",
+            showlegend=False,
+        )
+    dress(figure, height=90 + 24 * len(shown))
+    figure.update_xaxes(
+        title="weight, from the first (small dot) to the last (large dot)",
+        rangemode="tozero",
+        ticksuffix=" %",
+    )
+    figure.update_yaxes(**name_axis(names))
     return figure
 
 
@@ -141,6 +177,7 @@ def tokens_and_epochs(history: RunHistory) -> go.Figure:
                 col=column,
             )
         figure.update_xaxes(title=unit, side="top", rangemode="tozero", row=1, col=column)
+    _mark_caps(figure, history)
     _mark_one_epoch(figure, history)
     figure.update_yaxes(**name_axis(history.domains))
     figure.update_yaxes(showticklabels=False, row=1, col=2)
@@ -154,6 +191,33 @@ def _task_colours(history: RunHistory, tasks: Sequence[str]) -> dict[str, str]:
     shared = {task: of_domain[task] for task in tasks if task in of_domain}
     free = iter(colour for colour in COLOURS if colour not in shared.values())
     return {task: shared.get(task) or next(free) for task in tasks}
+
+
+def _mark_caps(figure: go.Figure, history: RunHistory) -> None:
+    """A tick at each domain's `max_epochs`, unless it is so far away that bars would be specks."""
+    epochs_D, caps_D = np.nan_to_num(history.epochs_KD.sum(axis=0)), history.epoch_caps_D
+    near = [d for d, cap in enumerate(caps_D) if cap <= 3 * epochs_D.max(initial=0.0)]
+    if not near:
+        return
+    figure.add_scatter(
+        x=caps_D[near],
+        y=near,
+        mode="markers",
+        marker={
+            "symbol": "line-ns",
+            "size": 0.7 * row_height(history.domains),
+            "line": {"color": CAP, "width": 2},
+        },
+        name="cap",
+        hovertext=[
+            f"<b>{label(history.domains[d], 60)}</b><br>at most {caps_D[d]:g} epochs, "
+            f"{number(epochs_D[d])} so far"
+            for d in near
+        ],
+        hoverinfo="text",
+        row=1,
+        col=2,
+    )
 
 
 def _mark_one_epoch(figure: go.Figure, history: RunHistory) -> None:
@@ -188,4 +252,4 @@ def _named_and_others(history: RunHistory) -> tuple[list[int], list[int]]:
 
 
 def _realised(share: float) -> str:
-    return percent(share, 2) if np.isfinite(share) else "counted at the next boundary"
+    return percent(share, 2) if np.isfinite(share) else "nothing drawn yet"

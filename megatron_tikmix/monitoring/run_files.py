@@ -3,6 +3,7 @@
     config.yaml     the resolved configuration
     metrics.jsonl   one object a logged step
     mixture.jsonl   the ledger: one object a stage of the mixture
+    starts.jsonl    one object each time the run was started, with versions and layout
 
 JSON lines are appended whole and flushed, so a reader never needs the run to be over, and a
 killed run costs at most the line it was writing.
@@ -86,6 +87,11 @@ class RunFiles:
     def ledger(self) -> list[Row]:
         """One row a stage, by stage."""
         return _last_of_each(read_jsonl(self.run_dir / "mixture.jsonl"), "stage")
+
+    @cached_property
+    def starts(self) -> list[Row]:
+        """One row each time that training was started or gone on with, in order of time."""
+        return read_jsonl(self.run_dir / "starts.jsonl")
 
 
 def _last_of_each(rows: list[Row], key: str) -> list[Row]:

@@ -21,6 +21,7 @@ from megatron_tikmix.monitoring.run_files import (
 from megatron_tikmix.monitoring.tensorboard import TensorBoardWriter
 from megatron_tikmix.monitoring.terminal import Terminal
 from megatron_tikmix.parallel.initialize import Parallel
+from megatron_tikmix.training.starts import start_row
 from megatron_tikmix.training.state import TrainState
 
 Row = dict[str, Any]
@@ -32,6 +33,7 @@ class Recorder:
     def __init__(self, config: RunConfig, resolved: str, parallel: Parallel) -> None:
         self._config = config
         self._resolved = resolved
+        self._parallel = parallel
         self._main = parallel.is_main
         self._folder = Path(config.run_dir)
         # Both are there between `begin` and the end, on the main rank.
@@ -42,10 +44,13 @@ class Recorder:
         """Make the run's folder.
 
         Raises:
-            InputError: it cannot be made, or not be written to.
+            InputError: it cannot be made, or not be written to; or there is no baseline run.
         """
         if not self._main:
             return
+        baseline = self._config.baseline
+        if baseline is not None and not Path(baseline).is_dir():
+            raise InputError(f"baseline {baseline} is not a directory; give the run_dir of a run")
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=self._folder):
@@ -63,6 +68,8 @@ class Recorder:
             return
         _replace(self._folder / "config.yaml", self._resolved)
         dropped = self._reconcile(state)
+        start = start_row(self._config, self._parallel, state.iteration)
+        append_jsonl(self._folder / "starts.jsonl", start)
         self._tensorboard = TensorBoardWriter(
             self._folder / "tensorboard",
             # What an earlier start wrote from here on is hidden.

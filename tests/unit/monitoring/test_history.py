@@ -5,12 +5,12 @@ import math
 import numpy as np
 import pytest
 import yaml
-from make_run import make_run
 
 from megatron_tikmix.monitoring.decision import Influence, moves
 from megatron_tikmix.monitoring.formatting import DASH, clean, count, duration, shorten
 from megatron_tikmix.monitoring.history import RunHistory
 from megatron_tikmix.monitoring.run_files import RunFiles, append_jsonl
+from tests.make_run import make_run
 
 
 @pytest.fixture
@@ -51,8 +51,32 @@ def test_samples_and_epochs_of_each_stage(small):
     assert small.edges == [0, 10, 15]
     np.testing.assert_allclose(small.samples_KD, [[22, 18], [15, 5]])
     np.testing.assert_allclose(small.realised_KD[0], [0.55, 0.45])
-    assert np.isnan(small.realised_KD[1]).all()
+    np.testing.assert_allclose(small.realised_KD[1], [0.75, 0.25])
     np.testing.assert_allclose(small.epochs_KD, [[0.11, 1.8], [0.075, 0.5]])
+
+
+def test_samples_of_the_open_stage_are_those_that_the_metrics_count(small, tmp_path):
+    counted = {"iteration": 20, "consumed_samples": 80, "domain_samples": {"a": 30, "b": 50}}
+    append_jsonl(tmp_path / "metrics.jsonl", counted)
+    history = RunHistory(RunFiles(tmp_path))
+    np.testing.assert_array_equal(history.samples_KD, [[22, 18], [28, 12]])
+    np.testing.assert_allclose(history.realised_KD[1], [0.7, 0.3])
+    np.testing.assert_allclose(history.epochs_KD[1], [28 * 0.11 / 22, 1.2])
+
+
+def test_nothing_is_realised_where_nothing_was_drawn(tmp_path):
+    append_jsonl(tmp_path / "mixture.jsonl", _stage(0, {"a": 1.0}, {"a": 0}, {"a": 0}, 0, 0.0))
+    history = RunHistory(RunFiles(tmp_path))
+    assert np.isnan(history.realised_KD).all()
+    assert np.isnan(history.epochs_KD).all()
+
+
+def test_caps_on_epochs_are_those_of_the_configuration(small):
+    assert small.epoch_caps_D.tolist() == [np.inf, np.inf]
+    small.config["remix"] = {"constraints": {"max_epochs": {"a": 2.0}}}
+    assert small.epoch_caps_D.tolist() == [np.inf, 2.0]  # b, a
+    small.config["remix"] = {"constraints": {"max_epochs": 4}}
+    assert small.epoch_caps_D.tolist() == [4.0, 4.0]
 
 
 def test_what_the_probe_cost(small):

@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from make_run import make_run
 
 from megatron_tikmix.errors import InputError
 from megatron_tikmix.mixing import InfluenceMatrix, Mixture, MixtureConstraints, solve_tikmix_d
 from megatron_tikmix.monitoring.explanation import explain
 from megatron_tikmix.monitoring.inspection import compare, influence, mixture, open_run, summary
 from megatron_tikmix.monitoring.run_files import append_jsonl
+from tests.make_run import make_run
 
 TOOL = Path(__file__).parents[3] / "tools" / "inspect_run.py"
 DOMAINS, TASKS = ["b", "a", "junk"], ["u", "t"]

@@ -2,19 +2,22 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-from make_run import SEQUENCE_LENGTH, make_run
 
+from megatron_tikmix.errors import InputError
 from megatron_tikmix.monitoring import heat_maps, pictures
-from megatron_tikmix.monitoring.formatting import DASH, count
+from megatron_tikmix.monitoring.explanation import explain
+from megatron_tikmix.monitoring.formatting import DASH, count, duration
 from megatron_tikmix.monitoring.history import RunHistory
 from megatron_tikmix.monitoring.report import main, write_report
 from megatron_tikmix.monitoring.run_files import RunFiles
+from tests.make_run import SEQUENCE_LENGTH, make_run
 
 SIX = ["prose", "python", "licences", "man_pages", "c_headers", "noise"]
 PICTURES = ["weights", "influence", "losses", "consumption"]
@@ -86,11 +89,10 @@ def test_the_mixture_table_holds_the_ledgers_numbers(tmp_path):
     assert head == ["domain", "first weight", "last weight", "tokens", "epochs", "mean influence"]
     first, last = ledger[0]["weights"], ledger[-1]["weights"]
     assert [row[0] for row in rows] == sorted(last, key=lambda name: -last[name])
-    left = metrics[-1]["consumed_samples"] - ledger[-1]["start_sample"]
     for name, before, after, tokens, epochs, influence in rows:
         assert before == f"{100 * first[name]:.2f} %"
         assert after == f"{100 * last[name]:.2f} %"
-        samples = ledger[-1]["domain_samples"][name] + last[name] * left
+        samples = metrics[-1]["domain_samples"][name]
         assert tokens == count(samples * SEQUENCE_LENGTH)
         size = ledger[-1]["domain_samples"][name] / ledger[-1]["domain_epochs"][name]
         assert epochs == f"{samples / size:.3f}"
@@ -128,6 +130,86 @@ def test_the_summary_says_the_same_as_the_history(tmp_path):
     probe = sum(row["probe_tokens"] for row in ledger)
     trained = metrics[-1]["consumed_samples"] * SEQUENCE_LENGTH
     assert f"{100 * probe / (probe + trained):.1f} % of all tokens" in text
+
+
+def test_the_cost_table_adds_up(tmp_path):
+    page, ledger, metrics = report_of(tmp_path)
+    head, *rows = page.tables["cost"]
+    assert head == ["", "tokens", "compute, of training's", "time", "time, of training's"]
+    trained = metrics[-1]["consumed_samples"] * SEQUENCE_LENGTH
+    parts = [row for row in ledger if row["audit"]]
+    seconds = sum(10 * 16 * SEQUENCE_LENGTH / row["tokens_per_second"] for row in metrics)
+    expected = {"training": (trained, trained, seconds)}
+    probe = sum(row["probe_tokens"] for row in parts)
+    expected["probe"] = (probe, probe, 3.2 * len(parts))
+    for kind, field in (("rollouts", "rollout"), ("audit", "audit")):
+        found = [row[field] for row in parts]
+        forward = sum(each["evaluated_tokens"] for each in found)
+        both = sum(each["trained_tokens"] for each in found)
+        spent = sum(each["seconds"] for each in found)
+        expected[kind] = (both + forward, both + forward / 3, spent)
+    assert [row[0] for row in rows] == list(expected)
+    for kind, tokens, compute, time, share in rows:
+        total, weighed, spent = expected[kind]
+        assert tokens == count(total)
+        assert compute == f"{100 * weighed / trained:.1f} %"
+        assert time == duration(spent)
+        assert share == f"{100 * spent / seconds:.1f} %"
+
+
+def test_losses_are_held_against_a_baseline(tmp_path):
+    """Asked for, or named by the configuration; the table has the last point in common."""
+    _, _, mine = report_of(tmp_path / "run", tasks=["t", "u", "mine"])
+    make_run(tmp_path / "other", SIX, ["u", "t"], 3, seed=9)
+    theirs = json.loads((tmp_path / "other" / "metrics.jsonl").read_text().splitlines()[-1])
+    page = Page(write_report(tmp_path / "run", tmp_path / "other"))
+    (at_common,) = (row for row in mine if row["iteration"] == theirs["iteration"] == 360)
+    head, *rows, mean = page.tables["baseline-losses"]
+    assert head == ["after 737 k tokens", "this run", "baseline", "difference"]
+    assert {row[0] for row in rows} == {"t", "u"}
+    for task, *figures in rows:
+        first, second = theirs["task_loss"][task], at_common["task_loss"][task]
+        written = [f"{second:.4f}", f"{first:.4f}", f"{second - first:+.4f}"]
+        assert figures == [text.replace("-", MINUS) for text in written]
+    assert mean[0] == "mean over tasks"
+    assert "baseline" in page.plots
+
+    config = tmp_path / "run" / "config.yaml"
+    config.write_text(f"{config.read_text()}baseline: {tmp_path / 'other'}\n")
+    assert Page(write_report(tmp_path / "run")).tables["baseline-losses"] == [head, *rows, mean]
+    shutil.rmtree(tmp_path / "other")
+    page = Page(write_report(tmp_path / "run"))  # while a run ends, that is no reason to fail
+    assert "baseline" not in page.plots
+    assert any("other is not a directory" in words for words in page.text)
+    with pytest.raises(InputError, match="other is not a directory"):
+        write_report(tmp_path / "run", tmp_path / "other")
+
+
+def test_versions_settings_and_caps_are_on_the_page(tmp_path):
+    make_run(tmp_path, SIX, ["t"], 2, seed=0, max_epochs=2.5)
+    page = Page(write_report(tmp_path))
+    (start,) = page.tables["starts"][1:]
+    assert start[2] == "2 = tensor 1 × pipeline 1 × data 2"
+    assert start[4] == "python 3.11.2, megatron_tikmix 0.1.0, torch 2.13.0"
+    settings = dict(page.tables["settings"][1:])
+    assert settings["layers × hidden size"] == "4 / 128"
+    assert settings["constraints"] == "max_epochs 2.5"
+    assert [row[5] for row in page.tables["mixture"]] == ["cap", *["2.50"] * 6]
+    assert any("\n  policy: tikmix_d\n" in words for words in page.text)
+
+
+def test_what_pushed_is_what_why_says(tmp_path):
+    page, ledger, _ = report_of(tmp_path, stages=3)
+    history = history_of(tmp_path)
+    for row in ledger[1:]:
+        head, *rows = page.tables[f"reasons-{row['stage']}"]
+        assert head[-5:] == ["gain", "uniformity", "diversity", "constraints", "noise (±)"]
+        assert len(rows) == 6
+        for cells in rows:
+            found = explain(history, cells[0], row["stage"])
+            gain = sum(found.gain.values())
+            assert cells[4].startswith(f"{gain:+.3f} (".replace("-", MINUS))
+            assert cells[6] == f"{found.diversity:+.3f}".replace("-", MINUS)
 
 
 def test_pictures_draw_the_ledgers_numbers(tmp_path):

@@ -79,7 +79,7 @@ def test_a_missing_directory_and_a_broken_config_are_named(tmp_path):
 
 
 def test_the_run_generator_writes_plain_json(tmp_path):
-    from make_run import make_run
+    from tests.make_run import make_run
 
     ledger, metrics = make_run(tmp_path, ["a", "b"], ["t"], stages=2, seed=0)
     assert json.loads((tmp_path / "mixture.jsonl").read_text().splitlines()[1]) == ledger[1]

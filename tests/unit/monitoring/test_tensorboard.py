@@ -5,7 +5,6 @@ import re
 
 import numpy as np
 import pytest
-from make_run import make_run, realised
 from PIL import Image
 from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams import plugin_data_pb2
@@ -14,6 +13,7 @@ from megatron_tikmix.monitoring.decision import Influence
 from megatron_tikmix.monitoring.heat_map_image import cell_height, heat_map_image
 from megatron_tikmix.monitoring.tensorboard import TensorBoardWriter
 from megatron_tikmix.monitoring.tensorboard_layout import layout_of
+from tests.make_run import make_run, realised
 from tests.tensorboard_values import assert_same, expected_scalars, read_back, undocumented
 
 event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")

@@ -4,11 +4,11 @@ import io
 import re
 
 import pytest
-from make_run import SEQUENCE_LENGTH, make_run
 from rich.console import Console
 
 from megatron_tikmix.monitoring.formatting import DASH
 from megatron_tikmix.monitoring.terminal import Terminal
+from tests.make_run import SEQUENCE_LENGTH, make_run
 
 MINUS = "\N{MINUS SIGN}"
 SIX = ["prose", "python", "licences", "man_pages", "c_headers", "noise"]

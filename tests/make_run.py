@@ -1,6 +1,6 @@
 """A run directory as training would leave it, drawn at random: no model was harmed.
 
-python tests/unit/monitoring/make_run.py FOLDER DOMAINS [SEED] writes one to look at.
+python tests/make_run.py FOLDER DOMAINS [SEED] writes one to look at.
 """
 
 import json
@@ -176,7 +176,7 @@ def _audit(tasks: Sequence[str]) -> dict[str, Any]:
         "verdict": "confirmed",
         "reason": "the audit's rollouts are as predicted",
         "overall": found,
-        "tasks": dict.fromkeys(tasks, {**found, "verdict": "confirmed"}),
+        "tasks": {task: {**found, "verdict": "confirmed"} for task in tasks},
         "trained_tokens": 40_000,
         "evaluated_tokens": 8_000,
         "seconds": 2.0,
