@@ -5,6 +5,7 @@
   inspect_run.py influence RUN_DIR [--stage K]    the matrix measured before a stage, with errors
   inspect_run.py why RUN_DIR DOMAIN [--stage K]   what pushed a domain's weight up or down
   inspect_run.py compare RUN_A RUN_B          losses at equal samples, mixtures, settings
+  inspect_run.py report RUN_DIR [--baseline RUN_B]    write RUN_DIR/report.html
 
 --json prints the same as one JSON object.
 """
@@ -18,6 +19,7 @@ from rich.console import Console
 from megatron_tikmix.errors import InputError
 from megatron_tikmix.monitoring import inspection, inspection_tables
 from megatron_tikmix.monitoring.explanation import explain
+from megatron_tikmix.monitoring.report import write_report
 from megatron_tikmix.monitoring.run_files import json_line
 
 PIPED_WIDTH = 160
@@ -29,7 +31,7 @@ def build_parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    for name in ("summary", "mixture", "influence", "why", "compare"):
+    for name in ("summary", "mixture", "influence", "why", "compare", "report"):
         command = commands.add_parser(name)
         command.add_argument("run_dir", metavar="RUN_A" if name == "compare" else "RUN_DIR")
         if name == "compare":
@@ -38,6 +40,9 @@ def build_parser() -> argparse.ArgumentParser:
             command.add_argument("domain", metavar="DOMAIN")
         if name in ("influence", "why"):
             command.add_argument("--stage", type=int, help="the stage decided (default: the last)")
+        if name == "report":
+            command.add_argument("--baseline", metavar="RUN_B", help="to hold task losses against")
+            continue
         command.add_argument("--json", action="store_true", help="one JSON object")
     return parser
 
@@ -48,6 +53,9 @@ def inspect_run(arguments: argparse.Namespace, console: Console) -> None:
     Raises:
         InputError: no such run, stage or domain, or a damaged file.
     """
+    if arguments.command == "report":
+        print(write_report(arguments.run_dir, arguments.baseline))
+        return
     history = inspection.open_run(arguments.run_dir)
     if arguments.command == "why":
         found = explain(history, arguments.domain, arguments.stage)

@@ -17,6 +17,7 @@ import numpy as np
 
 from megatron_tikmix.errors import InputError
 from megatron_tikmix.mixing import Mixture, Objective
+from megatron_tikmix.monitoring.change import Change, decomposed
 from megatron_tikmix.monitoring.decision import Array, Influence
 from megatron_tikmix.monitoring.formatting import clean
 from megatron_tikmix.monitoring.history import RunHistory
@@ -71,6 +72,9 @@ class Explanation:
     """Standard error of the sum of gain and uniformity, from the errors of the domain's own
     influence; at most so much, whatever the correlation between tasks."""
 
+    change: Change | None
+    """The answer's change of the weight as a sum of parts; None where one of them is."""
+
     total_variation: float | None
     total_variation_noise: float | None
     """How far the mixture moved, and what noise alone would move the answer."""
@@ -111,8 +115,11 @@ def explain(history: RunHistory, domain: str, stage: int | None = None) -> Expla
     terms = [*gain.values(), known(uniformity_D[d]), known(diversity_D[d])]
     certified = solution.get("certificate") is not None
     summed = [term for term in terms if term is not None]
+    constraints = -sum(summed) if certified and len(summed) == len(terms) else None
     scale_V = np.abs(np.nan_to_num(matrix.values_VD)).max(axis=1)
     error_V = matrix.errors_VD[:, d] / np.where(scale_V > 0, scale_V, 1.0)
+    noise = known(float(np.abs(price_V) @ error_V))
+    log_reference_D = _log_reference(objective, len(domains))
     return Explanation(
         domain=domain,
         stage=row["stage"],
@@ -125,9 +132,20 @@ def explain(history: RunHistory, domain: str, stage: int | None = None) -> Expla
         gain=gain,
         uniformity=known(uniformity_D[d]),
         diversity=known(diversity_D[d]),
-        constraints=-sum(summed) if certified and len(summed) == len(terms) else None,
+        constraints=constraints,
         active_constraints=_active(history, solution, domain),
-        noise=known(float(np.abs(price_V) @ error_V)),
+        noise=noise,
+        change=decomposed(
+            former.get(domain, 0.0),
+            float(solved_D[d]),
+            gain=gain,
+            uniformity=known(uniformity_D[d]),
+            constraints=constraints,
+            noise=noise,
+            reference=float(np.exp(log_reference_D[d])),
+            divergence=_divergence(solved_D, log_reference_D),
+            gamma=objective.gamma,
+        ),
         total_variation=row.get("total_variation"),
         total_variation_noise=row.get("total_variation_noise"),
         note="; ".join(_notes(row, solution, known(uniformity_D[d]), known(diversity_D[d]))),
@@ -182,6 +200,19 @@ def _objective(
         gain=remix["gain"] or ("linear" if paper else "log"),
         reference_D=_reference(history, row, former, remix["diversity_reference"] or "prior"),
     )
+
+
+def _log_reference(objective: Objective, domains: int) -> Array:
+    """ln of the mixture that diversity is measured from, (D,)."""
+    if objective.log_reference_D is None:
+        return np.full(domains, -np.log(domains))
+    return objective.log_reference_D
+
+
+def _divergence(weights_D: Array, log_reference_D: Array) -> float:
+    """KL of the mixture to the reference."""
+    held_D = weights_D > 0
+    return float(weights_D[held_D] @ (np.log(weights_D[held_D]) - log_reference_D[held_D]))
 
 
 def _reference(

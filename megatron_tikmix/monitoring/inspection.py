@@ -15,6 +15,7 @@ from megatron_tikmix.monitoring.run_files import Row, RunFiles
 from megatron_tikmix.monitoring.summary import in_words
 
 Answer = dict[str, Any]
+PLACES = ("run_dir", "baseline")
 
 
 def open_run(run_dir: str) -> RunHistory:
@@ -186,13 +187,13 @@ def _minus(a: dict[str, float], b: dict[str, float], task: str) -> float | None:
 
 
 def _different(path: str, a: Any, b: Any) -> list[Answer]:
-    """Settings that differ, by their dotted name; `run_dir` always does."""
+    """Settings that differ, by their dotted name, but for those that say where things are."""
     if isinstance(a, dict) and isinstance(b, dict):
         found = []
         for key in dict.fromkeys([*a, *b]):
             found += _different(f"{path}.{key}".lstrip("."), a.get(key), b.get(key))
         return found
-    return [{"setting": path, "first": a, "second": b}] if a != b and path != "run_dir" else []
+    return [{"setting": path, "first": a, "second": b}] if a != b and path not in PLACES else []
 
 
 def tokens(history: RunHistory, samples: float) -> float | None:

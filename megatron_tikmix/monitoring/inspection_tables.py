@@ -21,6 +21,7 @@ from megatron_tikmix.monitoring.formatting import (
 )
 from megatron_tikmix.monitoring.inspection import Answer
 
+POINTS = ["of the change, points"]
 MOST_STAGES = 8
 """Of more stages, `mixture` shows the first and the last ones."""
 
@@ -56,7 +57,7 @@ def show_mixture(answer: Answer, console: Console) -> None:
     rows = [
         [
             clean(row["domain"]),
-            *(percent(row["weights"][k]) for k in shown),
+            *(percent(row["weights"][k], 2) for k in shown),
             count(row["samples"] if row["tokens"] is None else row["tokens"]),
             number(row["epochs"], 2),
         ]
@@ -109,20 +110,44 @@ def show_why(found: Explanation, console: Console) -> None:
         f"{percent(found.before)} → {percent(found.after)} ({found.source}); the solver's answer "
         f"was {percent(found.solved)}.",
     )
-    rows = [[f"gain on {clean(task)}", signed(push, 3)] for task, push in found.gain.items()]
-    rows += [
-        ["uniformity over tasks", signed(found.uniformity, 3)],
-        ["diversity", signed(found.diversity, 3)],
-        ["active constraints", signed(found.constraints, 3)],
-        ["noise of gain and uniformity (±)", number(found.noise, 3)],
-    ]
-    console.print(_table(["what pushes the weight (up: +)", "push"], rows, words=set()))
+    console.print(
+        _table(["what pushes the weight (up: +)", "push", *POINTS], _parts(found), words=set())
+    )
     held = ", ".join(map(clean, found.active_constraints)) or "none"
     _say(console, f"Constraints that bind here: {held}.")
     moved, noise = number(found.total_variation), number(found.total_variation_noise)
     _say(console, f"The mixture moved by {moved} (noise of the answer {noise}): {found.reason}.")
     if found.note:
         _say(console, f"Note: {found.note}.")
+
+
+def _parts(found: Explanation) -> list[list[str]]:
+    """A line a part: what it pushes, and what it has made of the change, in points."""
+    change = found.change
+    gains = change.gain if change else dict.fromkeys(found.gain)
+    rows: list[tuple[str, float | None, float | None]] = [
+        *((f"gain on {clean(task)}", push, gains[task]) for task, push in found.gain.items()),
+        ("uniformity over tasks", found.uniformity, change.uniformity if change else None),
+        ("diversity", found.diversity, change.diversity if change else None),
+        ("active constraints", found.constraints, change.constraints if change else None),
+        ("all domains alike", None, change.shared if change else None),
+        ("sum", _sum(found), change.total if change else None),
+    ]
+    noise = change.noise if change else None
+    return [
+        *([name, signed(push, 3), _points(part)] for name, push, part in rows),
+        ["noise of gain and uniformity (±)", number(found.noise, 3), _points(noise).lstrip("+")],
+    ]
+
+
+def _points(part: float | None) -> str:
+    return signed(None if part is None else 100 * part)
+
+
+def _sum(found: Explanation) -> float | None:
+    terms = [*found.gain.values(), found.uniformity, found.diversity, found.constraints]
+    known = [term for term in terms if term is not None]
+    return sum(known) if len(known) == len(terms) else None
 
 
 def show_compare(answer: Answer, names: Sequence[str], console: Console) -> None:

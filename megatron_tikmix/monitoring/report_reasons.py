@@ -1,6 +1,7 @@
 """The part of the report that says what pushed the domains that moved most at each boundary."""
 
 from megatron_tikmix.errors import InputError
+from megatron_tikmix.monitoring.change import Change
 from megatron_tikmix.monitoring.decision import moves
 from megatron_tikmix.monitoring.explanation import Explanation, explain
 from megatron_tikmix.monitoring.formatting import DASH, clean, number, percent, signed
@@ -11,9 +12,10 @@ from megatron_tikmix.monitoring.run_files import Row
 MOST_MOVES = 8
 
 HINT = (
-    "The slope of each part of the objective at the solver's answer, relative to the mean over the "
-    "mixture: + pushes the weight up. At an optimum they add up to 0 with what the active "
-    "constraints push. Gain is summed over tasks; the task that counts most is in brackets."
+    "What made the solver's answer differ from the mixture before, in points of weight; the parts "
+    "add up to the change. Gain is summed over tasks, the task that counts most in brackets; what "
+    "multiplies all weights alike, so that they sum to 1, is under all alike. Noise is one "
+    "standard error of gain and uniformity, at most. `inspect_run.py why` has every task."
 )
 
 
@@ -42,29 +44,31 @@ def _explained(history: RunHistory, former: Row, row: Row) -> list[Explanation]:
 
 
 def _table(stage: int, found: list[Explanation]) -> str:
-    heads = ["before", "answer", "in force", "gain", "uniformity", "diversity", "constraints"]
-    columns = {"domain": ""} | dict.fromkeys([*heads, "noise (±)"], "right")
+    weights = ["before", "answer", "in force"]
+    parts = ["gain", "uniformity", "diversity", "constraints", "all alike", "change", "noise (±)"]
+    columns = {"domain": ""} | dict.fromkeys([*weights, *parts], "right")
     rows = [
         [
             clean(each.domain),
             percent(each.before),
             percent(each.solved),
             percent(each.after),
-            _gain(each),
-            signed(each.uniformity, 3),
-            signed(each.diversity, 3),
-            signed(each.constraints, 3),
-            number(each.noise, 3),
+            *_parts(each.change, each.solved - each.before),
         ]
         for each in found
     ]
     return table(f"reasons-{stage}", columns, rows)
 
 
-def _gain(found: Explanation) -> str:
-    """The sum over tasks, and the task that it comes from most."""
-    pushes = {task: push for task, push in found.gain.items() if push is not None}
-    if not pushes:
-        return DASH
-    most = max(pushes, key=lambda task: abs(pushes[task]))
-    return f"{signed(sum(pushes.values()), 3)} ({clean(most)} {signed(pushes[most], 3)})"
+def _parts(change: Change | None, total: float) -> list[str]:
+    """In points; of an answer that is no certified optimum, only the change is known."""
+    if change is None:
+        return [DASH] * 5 + [signed(100 * total), DASH]
+    most = max(change.gain, key=lambda task: abs(change.gain[task]))
+    gain = signed(100 * sum(change.gain.values()))
+    parts = (change.uniformity, change.diversity, change.constraints, change.shared, change.total)
+    return [
+        f"{gain} ({clean(most)} {signed(100 * change.gain[most])})",
+        *(signed(100 * part) for part in parts),
+        number(None if change.noise is None else 100 * change.noise, 2),
+    ]

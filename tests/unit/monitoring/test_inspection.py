@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -119,6 +120,33 @@ def test_every_term_is_the_slope_of_its_part_of_the_objective(tmp_path, preset, 
         for name in ("uniformity", "diversity"):
             slope = (up[name] - down[name]) / (2 * h)
             assert getattr(found, name) == pytest.approx(slope, abs=1e-6), name
+        change = found.change
+        assert change is not None
+        parts = [*change.gain.values(), change.uniformity, change.constraints]
+        parts += [change.diversity, change.shared]
+        assert sum(parts) == pytest.approx(found.solved - found.before, abs=1e-12)
+        assert change.total == found.solved - found.before
+
+
+@pytest.mark.parametrize("reference", ["prior", "proportional", "uniform"])
+def test_a_change_is_what_the_optimum_says_it_is(tmp_path, reference):
+    """Without constraints: w_j ∝ r_j exp((gain + uniformity) / γ), so parts have closed forms."""
+    history, solution, *_, target = run_of_one_decision(tmp_path, reference=reference)
+    target = target or Mixture.uniform(DOMAINS)
+    log_factors = []
+    for domain in DOMAINS:
+        change = explain(history, domain).change
+        assert change is not None
+        ratio = np.log(solution.mixture[domain] / PRIOR[domain])
+        mean = change.total / ratio
+        assert change.diversity / mean == pytest.approx(np.log(target[domain] / PRIOR[domain]))
+        assert change.constraints == pytest.approx(0, abs=1e-4)
+        pushed = sum(change.gain.values()) + change.uniformity
+        log_factors.append(pushed / mean - np.log(solution.mixture[domain] / target[domain]))
+    # What is left is the same for all: the shared part.
+    np.testing.assert_allclose(log_factors, log_factors[0], atol=1e-3)
+    divergence = sum(w * np.log(w / target[name]) for name, w in solution.mixture.items())
+    assert -log_factors[0] == pytest.approx(divergence, abs=1e-3)
 
 
 def test_without_constraints_nothing_is_left_to_push(tmp_path):
@@ -143,7 +171,7 @@ def test_a_constraint_that_binds_is_named_and_pushes_back(tmp_path):
 def test_where_all_tasks_gain_alike_uniformity_has_no_slope(tmp_path):
     history, *_ = run_of_one_decision(tmp_path, preset="paper", gain="linear", alpha=5.0)
     found = explain(history, "a")
-    assert (found.uniformity, found.constraints) == (None, None)
+    assert (found.uniformity, found.constraints, found.change) == (None, None, None)
     assert "all tasks gain alike" in found.note
 
 
@@ -238,6 +266,14 @@ def test_the_tool_prints_tables_json_and_errors(tmp_path, capsys):
         assert "junk" in capsys.readouterr().out
         assert tool.main([*arguments, "--json"]) == 0
         assert isinstance(json.loads(capsys.readouterr().out), dict)
+    assert tool.main(["why", str(tmp_path), "junk"]) == 0
+    told = capsys.readouterr().out
+    (total,) = re.findall(r"^sum +[+−]0\.000 +([+−][\d.]+)", told, re.MULTILINE)
+    parts = re.findall(r"^(?:gain|unif|diver|active|all)[^+−–]+(?:[+−][\d.]+|–) +(\S+)", told, re.M)
+    added = sum(float(part.replace("−", "-")) for part in parts)
+    assert added == pytest.approx(float(total.replace("−", "-")), abs=0.04)  # as rounded
+    assert tool.main(["report", str(tmp_path)]) == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'report.html'}\n"
     with open(tmp_path / "mixture.jsonl", "a") as file:
         file.write('{"stage": 2, "wei')  # being written at this moment
     assert tool.main(["summary", str(tmp_path)]) == 0
