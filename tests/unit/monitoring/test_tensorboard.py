@@ -10,7 +10,7 @@ from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams import plugin_data_pb2
 
 from megatron_tikmix.monitoring.decision import Influence
-from megatron_tikmix.monitoring.heat_map_image import cell_height, heat_map_image
+from megatron_tikmix.monitoring.heat_map_image import heat_map_image
 from megatron_tikmix.monitoring.tensorboard import TensorBoardWriter
 from megatron_tikmix.monitoring.tensorboard_layout import layout_of
 from tests.make_run import make_run, realised
@@ -153,15 +153,47 @@ def test_the_heat_map_shows_the_matrix(tmp_path):
     (image,) = accumulated(tmp_path / "tb").Images("influence/heat_map")
     assert image.step == 120
     pixels = np.asarray(Image.open(io.BytesIO(image.encoded_image_string)).convert("RGB"))
-    drawn, (x, y) = heat_map_image(Influence.of(ledger[1]))
+    drawn, grid = heat_map_image(Influence.of(ledger[1]))
     np.testing.assert_array_equal(pixels, drawn)
     # Near a cell's corner, where no number is written.
-    cells = [tuple(pixels[y + d * cell_height(5) + 2, x + 2].tolist()) for d in range(5)]
+    corners = [grid.corner(d, 0) for d in range(5)]
+    cells = [tuple(pixels[y + 2, x + 2].tolist()) for x, y in corners]
     grey = (0xE6, 0xE8, 0xEC)
     assert cells[3] == cells[4] == grey
     assert cells[0] == (0x1F, 0x5F, 0x9E)
     assert cells[1] == (0xB2, 0x56, 0x2B)
     assert cells[2] == (0x7F, 0xB0, 0xD8)
+
+
+@pytest.mark.parametrize("times", [2.3, 3.15, 3.9])
+def test_signs_survive_being_shrunk_by_leaving_out_pixels(times):
+    """As TensorBoard shrinks pictures: the strokes of + and − are still there, in every cell."""
+    names = ["a", "b", "c", "d"]
+    row = {
+        "weights": dict.fromkeys(names, 0.25),
+        "influence": {task: dict.fromkeys(names, 0.5) | {"a": 1.0} for task in "tuvw"},
+        "influence_se": {task: dict.fromkeys(names, 0.01) for task in "tuvw"},
+    }
+    signs = {}
+    for sign in (1, -1):
+        row["influence"] = {
+            task: {name: sign * abs(value) for name, value in values.items()}
+            for task, values in row["influence"].items()
+        }
+        pixels, grid = heat_map_image(Influence.of(row))
+        for d, v in np.ndindex(4, 4):
+            x, y = grid.corner(d, v)
+            inside = np.s_[y : y + grid.cell_height - grid.gap, x : x + grid.cell_width - grid.gap]
+            ink = np.abs(pixels[inside].astype(int) - pixels[y + 1, x + 1]).sum(axis=2) > 150
+            columns = np.flatnonzero(ink.any(axis=0))
+            ink[:, columns[np.flatnonzero(np.diff(columns) > 1)[0]] + 1 :] = False  # digits
+            drawn = np.zeros(pixels.shape[:2], dtype=bool)
+            drawn[inside] = ink
+            taken = (np.arange(int(size / times)) * times for size in drawn.shape)
+            left = drawn[np.ix_(*(places.astype(int) for places in taken))]
+            signs[sign, d, v] = int(left.any(axis=1).sum())  # rows with ink: a + is tall
+    for d, v in np.ndindex(4, 4):
+        assert 1 <= signs[-1, d, v] < signs[1, d, v]
 
 
 def test_hparams_come_back(tmp_path):
