@@ -4,18 +4,18 @@ from megatron_tikmix.errors import InputError
 from megatron_tikmix.monitoring.change import Change
 from megatron_tikmix.monitoring.decision import moves
 from megatron_tikmix.monitoring.explanation import Explanation, explain
-from megatron_tikmix.monitoring.formatting import DASH, clean, number, percent, signed
+from megatron_tikmix.monitoring.formatting import DASH, number, shorten, signed
 from megatron_tikmix.monitoring.history import RunHistory
 from megatron_tikmix.monitoring.page import details, table, text
 from megatron_tikmix.monitoring.run_files import Row
 
-MOST_MOVES = 8
+MOST_MOVES, LONGEST_NAME = 8, 26
 
 HINT = (
     "What made the solver's answer differ from the mixture before, in points of weight; the parts "
-    "add up to the change. Gain is summed over tasks, the task that counts most in brackets; what "
-    "multiplies all weights alike, so that they sum to 1, is under all alike. Noise is one "
-    "standard error of gain and uniformity, at most. `inspect_run.py why` has every task."
+    "add up to the change. Gain is summed over tasks; what multiplies all weights alike, so that "
+    "they sum to 1, is under all alike. Noise is one standard error of gain and uniformity, at "
+    "most. `inspect_run.py why` has every task."
 )
 
 
@@ -26,9 +26,9 @@ def reasons(history: RunHistory) -> str:
         found = _explained(history, former, row)
         if found:
             stage, iteration = row["stage"], f"{row['start_iteration']:,}"
-            title = f"Stage {stage}, iteration {iteration}: what pushed the domains"
-            parts.append(details(title, text("p", HINT, "hint") + _table(stage, found)))
-    return "".join(parts)
+            title = f"Stage {stage}, iteration {iteration}: what moved the domains that moved most"
+            parts.append(details(title, _table(stage, found)))
+    return text("p", HINT, "hint") + "".join(parts) if parts else ""
 
 
 def _explained(history: RunHistory, former: Row, row: Row) -> list[Explanation]:
@@ -44,15 +44,13 @@ def _explained(history: RunHistory, former: Row, row: Row) -> list[Explanation]:
 
 
 def _table(stage: int, found: list[Explanation]) -> str:
-    weights = ["before", "answer", "in force"]
-    parts = ["gain", "uniformity", "diversity", "constraints", "all alike", "change", "noise (±)"]
-    columns = {"domain": ""} | dict.fromkeys([*weights, *parts], "right")
+    columns = {"domain": "brief", "weight (%)": "right", "gain": "right", "most from": ""}
+    parts = ["uniformity", "diversity", "constraints", "all alike", "change", "noise (±)"]
+    columns |= dict.fromkeys(parts, "right")
     rows = [
         [
-            clean(each.domain),
-            percent(each.before),
-            percent(each.solved),
-            percent(each.after),
+            shorten(each.domain, LONGEST_NAME),
+            f"{100 * each.before:.1f} → {100 * each.solved:.1f}",
             *_parts(each.change, each.solved - each.before),
         ]
         for each in found
@@ -63,12 +61,12 @@ def _table(stage: int, found: list[Explanation]) -> str:
 def _parts(change: Change | None, total: float) -> list[str]:
     """In points; of an answer that is no certified optimum, only the change is known."""
     if change is None:
-        return [DASH] * 5 + [signed(100 * total), DASH]
+        return [DASH] * 6 + [signed(100 * total), DASH]
     most = max(change.gain, key=lambda task: abs(change.gain[task]))
-    gain = signed(100 * sum(change.gain.values()))
     parts = (change.uniformity, change.diversity, change.constraints, change.shared, change.total)
     return [
-        f"{gain} ({clean(most)} {signed(100 * change.gain[most])})",
+        signed(100 * sum(change.gain.values())),
+        f"{shorten(most, LONGEST_NAME)} {signed(100 * change.gain[most])}",
         *(signed(100 * part) for part in parts),
         number(None if change.noise is None else 100 * change.noise, 2),
     ]

@@ -203,15 +203,15 @@ def test_what_pushed_is_what_why_says(tmp_path):
     history = history_of(tmp_path)
     for row in ledger[1:]:
         head, *rows = page.tables[f"reasons-{row['stage']}"]
-        assert head[4:8] == ["gain", "uniformity", "diversity", "constraints"]
-        assert head[8:] == ["all alike", "change", "noise (±)"]
+        assert head[2:7] == ["gain", "most from", "uniformity", "diversity", "constraints"]
+        assert head[7:] == ["all alike", "change", "noise (±)"]
         assert len(rows) == 6
         for cells in rows:
             found = explain(history, cells[0], row["stage"])
             gain = sum(found.change.gain.values())
-            assert cells[4].startswith(f"{100 * gain:+.2f} (".replace("-", MINUS))
+            assert cells[2] == f"{100 * gain:+.2f}".replace("-", MINUS)
             moved = 100 * (found.solved - found.before)
-            assert cells[9] == f"{moved:+.2f}".replace("-", MINUS)
+            assert cells[8] == f"{moved:+.2f}".replace("-", MINUS)
 
 
 def test_pictures_draw_the_ledgers_numbers(tmp_path):
