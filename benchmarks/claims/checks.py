@@ -29,8 +29,8 @@ def _comparison(found: Mapping[str, Any]) -> Iterator[str]:
     for row in within:
         if against[row["policy"]].mean < 0:
             yield f"{row['policy']} is better, with up to five times the decision's compute"
-    rollouts = against["TiKMiX-M, rollouts"]
-    if rollouts.mean > 0:
+    rollouts = against.get("TiKMiX-M, rollouts")
+    if rollouts and rollouts.mean > 0:
         yield f"TiKMiX-M with rollouts is worse than TiKMiX-D: {rollouts.text(sign=True)}"
 
 
