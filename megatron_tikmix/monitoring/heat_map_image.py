@@ -79,8 +79,9 @@ def _cells(draw: ImageDraw.ImageDraw, matrix: Influence, grid: Grid, font: Font)
         if grid.numbers and np.isfinite(value):
             ink = GREY_TEXT if noise_VD[v, d] else INK if abs(value) < 0.6 else "white"
             middle = (x + grid.cell_width / 2, y + grid.cell_height / 2)
-            # The font that comes with Pillow has no minus sign.
+            # The font that comes with Pillow has no minus sign, and sets signs against digits.
             number = signed(value).replace("\N{MINUS SIGN}", "-")
+            number = f"{number[0]} {number[1:]}"
             draw.text(middle, number, fill=ink, font=font, anchor="mm", stroke_width=1)
 
 
