@@ -1,5 +1,6 @@
 """Build everything, train, tear down."""
 
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -31,6 +32,7 @@ from megatron_tikmix.training.remix import Remixer
 from megatron_tikmix.training.rollout import Rollouts
 from megatron_tikmix.training.state import TrainState
 from megatron_tikmix.training.step import ForwardBackward, connect, forward_step
+from megatron_tikmix.training.stopping import SignalWatch, Stopping
 
 Made = TypeVar("Made")
 
@@ -41,10 +43,14 @@ _REFUSALS = (ValueError, AssertionError, RuntimeError, TypeError, ImportError)
 def pretrain(config: RunConfig, resolved: str) -> None:
     """Run `config` on the ranks that were launched; `resolved` is its YAML, for the record.
 
+    SIGTERM, SIGINT, `train.exit_interval` and `train.exit_duration_in_mins` end it early, with a
+    checkpoint that a run in the same directory goes on from.
+
     Raises:
         InputError: the configuration or the data cannot be trained on; nothing was trained.
         TrainingError: training cannot go on.
     """
+    started = time.monotonic()
     rank, _, world_size = launched_world()
     config.check(world_size)
     if config.dry_run:
@@ -66,11 +72,13 @@ def pretrain(config: RunConfig, resolved: str) -> None:
             recorder.begin(plan, run.state)
 
         together(parallel, begin)
-        try:
-            train(run)
-        finally:
-            recorder.close()
-        recorder.finish()
+        with SignalWatch() as signals:
+            run.stopping = Stopping(config.train, parallel, signals, started)
+            try:
+                train(run)
+            finally:
+                recorder.close()
+        recorder.finish(run.stop_reason, run.state.iteration)
     finally:
         shut_down()
 

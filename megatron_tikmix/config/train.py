@@ -29,7 +29,16 @@ class TrainConfig:
     log_interval: int = 10
     """Write a row of metrics.jsonl and TensorBoard every so many iterations."""
 
+    exit_interval: int | None = None
+    """Save and end the run at iterations divisible by this, with exit code 0."""
+
+    exit_duration_in_mins: float | None = None
+    """Save and end the run, with exit code 0, after the step in which so many minutes are over."""
+
     def __post_init__(self) -> None:
+        for name in ("exit_interval", "exit_duration_in_mins"):
+            value = getattr(self, name)
+            require(value is None or value > 0, f"train.{name}", "must be positive")
         for name in ("train_iters", "micro_batch_size", "global_batch_size", "log_interval"):
             require(getattr(self, name) > 0, f"train.{name}", "must be positive")
         ramp, size = self.rampup_batch_size, self.global_batch_size

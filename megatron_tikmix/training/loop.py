@@ -30,6 +30,7 @@ from megatron_tikmix.training.record import Recorder
 from megatron_tikmix.training.remix import Remixer
 from megatron_tikmix.training.state import TrainState
 from megatron_tikmix.training.step import ForwardBackward, LossSums, StepResult, train_step
+from megatron_tikmix.training.stopping import Stopping
 
 
 @dataclass
@@ -39,6 +40,8 @@ class Run:
     Attributes:
         boundaries: iterations, below the last one, at which a stage begins after the first.
         planned: the schedule that is followed, if one was given; None where the run decides.
+        stopping: says after each step whether the run ends there; None: it goes to its end.
+        stop_reason: why it ended before its last iteration, if it did.
     """
 
     config: RunConfig
@@ -56,6 +59,8 @@ class Run:
     planned: MixtureSchedule | None
     checkpointer: Checkpointer
     recorder: Recorder
+    stopping: Stopping | None = None
+    stop_reason: str | None = None
 
     @property
     def domains(self) -> list[str]:
@@ -66,6 +71,10 @@ class Run:
         later = bisect.bisect_right(self.boundaries, self.state.iteration)
         return [*self.boundaries, self.config.train.train_iters][later]
 
+    def ends_interval(self) -> bool:
+        """Whether the iteration just done is the last one of its interval."""
+        return self.state.done or self.state.iteration in self.boundaries
+
     def at_boundary(self) -> bool:
         """Whether an interval has just ended, and the next one has no stage yet."""
         begun = self.state.schedule.stages[-1].start_sample
@@ -73,7 +82,10 @@ class Run:
 
 
 def train(run: Run) -> None:
-    """Train to the end, resetting the mixture at every boundary. Collective."""
+    """Train to the end, resetting the mixture at every boundary. Collective.
+
+    It ends early, with a checkpoint and `run.stop_reason`, when `run.stopping` says so.
+    """
     state = run.state
     if not state.ledger:
         open_stage(run, None, measure(run))
@@ -82,6 +94,10 @@ def train(run: Run) -> None:
         reset_mixture(run, measure(run))
     while not state.done:
         row = train_interval(run, until=run.interval_end())
+        if run.stop_reason is not None and not run.ends_interval():
+            run.recorder.step(row, realised_mixture(run))
+            run.checkpointer.save(state)
+            return
         task_loss = measure(run)
         row |= {
             "task_loss": task_loss,
@@ -89,11 +105,14 @@ def train(run: Run) -> None:
             "domain_epochs": epochs(run, row["domain_samples"]),
         }
         run.recorder.step(row, realised_mixture(run))
-        if not state.done:
+        # A run that is to end is not kept by a probe: the boundary is made up for on resuming.
+        if not state.done and run.stop_reason is None:
             if run.probe_plan and len(state.ledger) == 1:
                 run.recorder.probe_estimate(run.probe_plan.tokens, row["tokens_per_second"])
             reset_mixture(run, task_loss)
         run.checkpointer.save(state)
+        if run.stop_reason is not None:
+            return
 
 
 def reset_mixture(run: Run, task_loss: dict[str, float]) -> None:
@@ -129,7 +148,10 @@ def boundary(run: Run) -> Boundary:
 
 
 def train_interval(run: Run, until: int) -> dict[str, Any]:
-    """Optimizer steps up to iteration `until`, under one mixture; returns the last row."""
+    """Optimizer steps up to iteration `until`, under one mixture; returns the last row.
+
+    It sets `run.stop_reason` and returns earlier if `run.stopping` says so.
+    """
     config, state = run.config.train, run.state
     per_pass = config.micro_batch_size * run.parallel.data_parallel_size
     batches = run.loader.interval(
@@ -149,7 +171,9 @@ def train_interval(run: Run, until: int) -> dict[str, Any]:
         state.advance(batch_size, skipped=result.skipped)
         meter.add(result.loss_sums)
         check_finite(result, state)
-        if state.iteration == until:
+        if run.stopping is not None and not state.done:
+            run.stop_reason = run.stopping.reason(state.iteration)
+        if state.iteration == until or run.stop_reason is not None:
             return metrics_row(state, result, meter)
         every = run.config.checkpoint.save_interval
         saving = every is not None and state.iteration % every == 0

@@ -126,11 +126,22 @@ class Recorder:
             tokens = {name: count * length for name, count in row["domain_samples"].items()}
             self._terminal.boundary(former, row, tokens)
 
-    def finish(self) -> None:
-        """Write the report, and say where everything is and what the probes cost."""
+    def finish(self, stop_reason: str | None, iteration: int) -> None:
+        """Write the report, and say where everything is and what the probes cost.
+
+        Args:
+            stop_reason: why the run ended at `iteration`, if that is not its last one.
+        """
         if not self._terminal:
             return
         self.close()
+        if stop_reason is not None:
+            self._terminal.say(
+                f"ended by {stop_reason} at iteration {iteration}, which is saved; "
+                f"start again with the same run_dir to go on",
+                whole_line=True,
+            )
+            return
         write_report(self._folder)
         history = RunHistory(RunFiles(self._folder))
         self._terminal.finish(

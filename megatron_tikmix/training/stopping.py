@@ -1,0 +1,135 @@
+"""Ending a run before its last iteration, so that it can go on later: signals, time, iterations."""
+
+import logging
+import os
+import signal
+import socket
+import threading
+import time
+from types import FrameType, TracebackType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_tikmix.config import TrainConfig
+from megatron_tikmix.parallel.initialize import Parallel
+
+_log = logging.getLogger(__name__)
+
+SAME_SIGNAL_SECONDS = 2.0
+"""What comes within this of the first signal is not a second one: Ctrl-C and `scancel` reach
+this process both directly and through torchrun."""
+
+_OUT_OF_TIME = 1
+_HANDLED = (signal.SIGTERM, signal.SIGINT)
+
+
+class SignalWatch:
+    """Notes SIGTERM and SIGINT while it is entered; a second one ends this process at once.
+
+    A thread of its own listens: the main thread may be inside a collective, which no Python
+    handler interrupts. Only Python's main thread can enter it; elsewhere it notes nothing.
+    """
+
+    def __init__(self) -> None:
+        self._received: int | None = None
+        self._former: dict[int, Any] = {}
+
+    @property
+    def received(self) -> int | None:
+        """The number of the first signal, if there was one."""
+        return self._received
+
+    def __enter__(self) -> "SignalWatch":
+        if threading.current_thread() is not threading.main_thread():
+            return self
+        self._reader, self._writer = socket.socketpair()
+        self._writer.setblocking(False)
+        self._former_fd = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
+        self._former = {number: signal.signal(number, _nothing) for number in _HANDLED}
+        self._thread = threading.Thread(target=self._listen, name="signals", daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if not self._former:
+            return
+        for number, handler in self._former.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(self._former_fd)
+        self._writer.close()  # which ends the thread
+        self._thread.join()
+        self._reader.close()
+
+    def _listen(self) -> None:
+        first = 0.0
+        while numbers := self._reader.recv(1):
+            number = numbers[0]
+            if number not in _HANDLED:
+                continue
+            if self._received is None:
+                self._received, first = number, time.monotonic()
+                _log.info(
+                    "%s: the run ends after this step, with a checkpoint; a second signal ends "
+                    "it at once",
+                    signal.Signals(number).name,
+                )
+            elif time.monotonic() - first > SAME_SIGNAL_SECONDS:
+                os._exit(128 + number)
+
+
+class Stopping:
+    """Asked after every step, on every rank, whether the run ends here.
+
+    Args:
+        signals: None where nobody listens.
+        started: `time.monotonic()` at the start of the run, for `exit_duration_in_mins`.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        parallel: Parallel,
+        signals: SignalWatch | None = None,
+        started: float | None = None,
+    ) -> None:
+        self._interval = config.exit_interval
+        self._minutes = config.exit_duration_in_mins
+        self._started = time.monotonic() if started is None else started
+        self._parallel = parallel
+        self._signals = signals
+
+    def reason(self, iteration: int) -> str | None:
+        """Why the run ends after `iteration`, the same on every rank; None: it goes on.
+
+        Collective, in a job of more than one rank.
+        """
+        code = self._code()
+        if self._parallel.world_size > 1:
+            highest = torch.tensor([code], dtype=torch.int32)
+            dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=self._parallel.cpu_group)
+            code = int(highest.item())
+        if code > _OUT_OF_TIME:
+            return signal.Signals(code).name
+        if code == _OUT_OF_TIME:
+            return f"train.exit_duration_in_mins ({self._minutes:g})"
+        if self._interval is not None and iteration % self._interval == 0:
+            return f"train.exit_interval ({self._interval})"
+        return None
+
+    def _code(self) -> int:
+        """This rank's own reason: the number of a signal, or that time is over, or 0."""
+        if self._signals is not None and self._signals.received is not None:
+            return self._signals.received
+        passed = (time.monotonic() - self._started) / 60
+        return _OUT_OF_TIME if self._minutes is not None and passed > self._minutes else 0
+
+
+def _nothing(number: int, frame: FrameType | None) -> None:
+    """Python's part of the handler; the thread does the rest. Forked workers inherit it."""

@@ -1,0 +1,39 @@
+"""A run that is told to end does so with a checkpoint and exit code 0, and goes on as if nothing
+had happened."""
+
+from pathlib import Path
+from typing import Any
+
+from tests.conftest import launch, overridden, read_rows, without_timings
+
+
+def test_a_run_ended_early_goes_on_as_the_whole_one(settings: dict[str, Any]) -> None:
+    """Ended inside an interval by a signal that one rank alone gets, then at a boundary by the
+    iteration; the rest is that of a run never ended."""
+    whole = overridden(settings, {"run_dir": settings["run_dir"] + "_whole"})
+    launch(whole, ranks=2)
+
+    module = "tests.distributed.stopping_worker"
+    result = launch(settings, ranks=2, module=module, STOP_SIGNAL="SIGTERM", STOP_AFTER="1")
+    assert result.stderr.count("SIGTERM at iteration 2, which is saved") == 1
+    assert saved(settings) == 2
+
+    at_boundary = overridden(settings, {"train.exit_interval": 4})
+    result = launch(at_boundary, ranks=2)
+    assert "ended by train.exit_interval (4) at iteration 4" in result.stderr
+    assert len(read_rows(settings["run_dir"], "mixture.jsonl")) == 1
+    launch(settings, ranks=2)
+
+    rows = {row["iteration"]: row for row in read_rows(settings["run_dir"], "metrics.jsonl")}
+    for row in read_rows(whole["run_dir"], "metrics.jsonl"):
+        again = rows[row["iteration"]]
+        assert again["grad_norm"] == row["grad_norm"]
+        assert again["domain_samples"] == row["domain_samples"]
+    assert without_timings(read_rows(whole["run_dir"], "mixture.jsonl")) == without_timings(
+        read_rows(settings["run_dir"], "mixture.jsonl")
+    )
+
+
+def saved(settings: dict[str, Any]) -> int:
+    checkpoints = Path(settings["run_dir"]) / "checkpoints"
+    return int((checkpoints / "latest_checkpointed_iteration.txt").read_text())
