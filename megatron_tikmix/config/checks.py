@@ -20,10 +20,6 @@ def check_supported(config: "RunConfig") -> None:
         "model.num_moe_experts": model.num_moe_experts is not None,
         "model.mtp_num_layers": bool(model.mtp_num_layers),
         "model.fp16": model.fp16,
-        # megatron-core's norm of plain torch refuses it; those of TE and Apex need a GPU.
-        "model.sequence_parallel without a GPU": (
-            model.sequence_parallel and not torch.cuda.is_available()
-        ),
         "model.fp8": bool(model.fp8),
         "ddp.use_megatron_fsdp": config.ddp.use_megatron_fsdp,
         "ddp.num_distributed_optimizer_instances": (
@@ -83,6 +79,12 @@ def check_layout(config: "RunConfig", world_size: int) -> None:
         (model.ffn_hidden_size or 0) > 0 and model.ffn_hidden_size % tp == 0,
         "model.ffn_hidden_size",
         f"({model.ffn_hidden_size}) must be a multiple of tensor_model_parallel_size {tp}",
+    )
+    require(
+        not model.sequence_parallel or config.data.sequence_length % tp == 0,
+        "data.sequence_length",
+        f"({config.data.sequence_length}) must be a multiple of tensor_model_parallel_size {tp}, "
+        f"for model.sequence_parallel",
     )
     require(
         model.virtual_pipeline_model_parallel_size is None or pp > 1,

@@ -17,10 +17,16 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import (
+    LayerNormImpl,
+    TransformerBlockSubmodules,
+    get_num_layers_to_build,
+)
 
 from megatron_tikmix.config import GPTConfig
 from megatron_tikmix.parallel.initialize import Parallel
 from megatron_tikmix.seeds import derived_seed
+from megatron_tikmix.training.norms import with_torch_norm
 
 
 def padded_vocab_size(vocab_size: int, config: GPTConfig) -> int:
@@ -44,8 +50,20 @@ def layer_spec(config: GPTConfig) -> ModuleSpec:
     """The transformer layer that `config` asks for."""
     if uses_transformer_engine(config):
         return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
-    return get_gpt_layer_local_spec(
-        qk_layernorm=config.qk_layernorm, normalization=config.normalization
+    return with_torch_norm(
+        get_gpt_layer_local_spec(
+            qk_layernorm=config.qk_layernorm, normalization=config.normalization
+        )
+    )
+
+
+def block_spec(
+    config: GPTConfig, groups: ProcessGroupCollection, vp_stage: int | None
+) -> TransformerBlockSubmodules:
+    """The layers of one pipeline stage, and the norm after the last."""
+    layers = get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=groups.pp.rank())
+    return TransformerBlockSubmodules(
+        layer_specs=[layer_spec(config)] * layers, layer_norm=with_torch_norm(LayerNormImpl)
     )
 
 
@@ -67,7 +85,7 @@ def build_model(
         last = groups.pp.rank() == groups.pp.size() - 1 and stage == (stages or 1) - 1
         chunk = GPTModel(
             config,
-            layer_spec(config),
+            block_spec(config, groups, stage if stages else None),
             vocab_size=padded_vocab_size(vocab_size, config),
             max_sequence_length=sequence_length,
             pre_process=first,

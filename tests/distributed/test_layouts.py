@@ -12,6 +12,10 @@ from tests.conftest import launch, overridden, read_rows, without_timings
 LAYOUTS = {
     "data parallel": {},
     "tensor parallel": {"model.tensor_model_parallel_size": 2},
+    "sequence parallel": {
+        "model.tensor_model_parallel_size": 2,
+        "model.sequence_parallel": True,
+    },
     "pipeline parallel": {"model.pipeline_model_parallel_size": 2},
     "interleaved pipeline parallel": {
         "model.pipeline_model_parallel_size": 2,

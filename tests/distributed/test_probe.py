@@ -22,6 +22,10 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
         8,
         {"model.tensor_model_parallel_size": 2, "model.pipeline_model_parallel_size": 2},
     ),
+    "tensor 2, sequence parallel": (
+        2,
+        {"model.tensor_model_parallel_size": 2, "model.sequence_parallel": True},
+    ),
     "data parallel 2, overlapped": (2, {**OVERLAP, "ddp.bucket_size": 4000}),
     "interleaved pipeline 2 x data 2": (
         4,
