@@ -6,30 +6,22 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from megatron_tikmix.config import RunConfig, launched_world
+from megatron_tikmix.config import MixtureSections, RunConfig, launched_world
 from megatron_tikmix.data.blended_dataset import BlendedDataset
 from megatron_tikmix.data.builder import TrainingData
-from megatron_tikmix.data.domain_stream import DomainStream
 from megatron_tikmix.data.loader import DataParallelLoader
-from megatron_tikmix.data.probe import ProbeData
-from megatron_tikmix.data.rollout import RolloutData
 from megatron_tikmix.errors import InputError
 from megatron_tikmix.parallel.collectives import agree_on_input
 from megatron_tikmix.parallel.initialize import Parallel, initialize, shut_down
-from megatron_tikmix.seeds import derived_seed
 from megatron_tikmix.training.checkpoint import Checkpointer
-from megatron_tikmix.training.decide import Decider
 from megatron_tikmix.training.loop import Run, train
+from megatron_tikmix.training.make_remixer import build_decider, make_remixer
 from megatron_tikmix.training.model import build_model
 from megatron_tikmix.training.optimizer import build_optimizer, build_scheduler
-from megatron_tikmix.training.optimizer_state import OptimizerShards
-from megatron_tikmix.training.parameter_names import check_selection
 from megatron_tikmix.training.plan import describe
-from megatron_tikmix.training.probe import InfluenceProbe
 from megatron_tikmix.training.probe_plan import ProbePlan, plan_probe
 from megatron_tikmix.training.record import Recorder
 from megatron_tikmix.training.remix import Remixer
-from megatron_tikmix.training.rollout import Rollouts
 from megatron_tikmix.training.state import TrainState
 from megatron_tikmix.training.step import ForwardBackward, connect, forward_step
 from megatron_tikmix.training.stopping import SignalWatch, Stopping
@@ -83,7 +75,7 @@ def pretrain(config: RunConfig, resolved: str) -> None:
         shut_down()
 
 
-def load_data(config: RunConfig) -> TrainingData:
+def load_data(config: MixtureSections) -> TrainingData:
     """The domains, tasks and samples; checked against what a boundary will decide.
 
     Raises:
@@ -289,68 +281,13 @@ def build_remixer(
     """What measures and decides at a boundary; None without a plan of a probe."""
     if plan is None:
         return None
-    parallel, probe = forward_backward.parallel, config.probe
-
-    def stream_of(domain: int, seed: int) -> DomainStream:
-        return data.stream(data.names[domain], seed, config.data.sequence_length)
-
-    def probe_stream(domain: int, stage: int) -> DomainStream:
-        return stream_of(domain, derived_seed(probe.seed, stage, data.names[domain]))
-
-    def rollout_stream(domain: int, seed: int) -> DomainStream:
-        return stream_of(domain, derived_seed(seed, data.names[domain]))
-
-    check_selection(forward_backward.model, probe.parameters, parallel)
-    shards = OptimizerShards(
-        forward_backward.model,
-        optimizer,
-        parallel.groups,
-        data.manifest.vocab_size,
-        probe.parameters.selects,
-    )
-    probe_data = ProbeData(
-        probe_stream,
-        data.names,
-        data.probed_tasks,
-        sub_batch_samples=probe.sub_batch_samples,
-        task_samples=probe.task_samples,
-        micro_batch_size=config.train.micro_batch_size,
-        data_parallel_rank=parallel.data_parallel_rank,
-        data_parallel_size=parallel.data_parallel_size,
-        microbatch_multiple=forward_backward.microbatch_multiple,
-    )
-    rollouts = None
-    if config.needs_rollouts:
-        rollout_data = RolloutData(
-            rollout_stream,
-            data.names,
-            [task.name for task in data.deciding_tasks],
-            probe_data.of_task,
-            global_batch_size=config.train.global_batch_size,
-            micro_batch_size=config.train.micro_batch_size,
-            data_parallel_rank=parallel.data_parallel_rank,
-            data_parallel_size=parallel.data_parallel_size,
-        )
-        rollouts = Rollouts(
-            forward_backward, optimizer, scheduler, rollout_data, on_progress=recorder.rolling_out
-        )
-    return Remixer(
-        InfluenceProbe(
-            forward_backward, optimizer, shards, probe_data, probe, on_progress=recorder.probing
-        ),
-        build_decider(config, data),
-        rollouts,
-        parallel,
+    return make_remixer(
         config,
+        data,
+        forward_backward,
+        optimizer,
+        scheduler,
         plan,
-    )
-
-
-def build_decider(config: RunConfig, data: TrainingData) -> Decider:
-    """What decides at a boundary."""
-    return Decider(
-        config.remix,
-        seed=config.probe.seed,
-        task_weights={name: task.weight for name, task in config.deciding_tasks.items()},
-        samples_per_epoch={stream.name: stream.samples_per_epoch for stream in data.streams},
+        on_probe=recorder.probing,
+        on_rollout=recorder.rolling_out,
     )

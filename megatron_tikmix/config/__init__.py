@@ -8,6 +8,7 @@ is what ``--help`` shows.
 from megatron_tikmix.config.command_line import build_parser, load_config
 from megatron_tikmix.config.data import DataConfig, EvaluateConfig, TaskConfig
 from megatron_tikmix.config.launched import launched_world
+from megatron_tikmix.config.mixture import HostedConfig, MixtureSections
 from megatron_tikmix.config.model import GPTConfig
 from megatron_tikmix.config.probe import ParametersConfig, ProbeConfig
 from megatron_tikmix.config.remix import AuditConfig, ConstraintsConfig, RemixConfig, RolloutConfig
@@ -21,6 +22,8 @@ __all__ = [
     "DataConfig",
     "EvaluateConfig",
     "GPTConfig",
+    "HostedConfig",
+    "MixtureSections",
     "ParametersConfig",
     "ProbeConfig",
     "RemixConfig",

@@ -8,6 +8,7 @@ import torch
 from megatron_tikmix.config.requirement import require
 
 if TYPE_CHECKING:
+    from megatron_tikmix.config.mixture import MixtureSections
     from megatron_tikmix.config.run import RunConfig
 
 
@@ -142,8 +143,12 @@ def check_schedule(config: "RunConfig") -> None:
     )
 
 
-def check_boundaries(config: "RunConfig") -> None:
-    """Where intervals end."""
+def check_boundaries(config: "MixtureSections", adam_beta2: float) -> None:
+    """Where intervals end.
+
+    Args:
+        adam_beta2: of the optimizer, whose second moment must have settled by then.
+    """
     require(
         not config.remix.constraints.epoch_caps,
         "remix.constraints.epoch_caps",
@@ -168,7 +173,7 @@ def check_boundaries(config: "RunConfig") -> None:
             f"nearest are {below or batch} and {(below or batch) + batch}",
         )
     samples = getattr(remix, first)
-    settled = math.ceil(3 / (1 - config.optimizer.adam_beta2))
+    settled = math.ceil(3 / (1 - adam_beta2))
     sizes = config.train.batch_sizes
     begins = int(sizes.batch_of(sizes.end_from(samples)))
     require(

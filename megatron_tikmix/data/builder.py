@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from megatron_tikmix.config import RunConfig
+from megatron_tikmix.config import MixtureSections
 from megatron_tikmix.data.domain_stream import DomainStream
 from megatron_tikmix.data.domains import DomainManifest
 from megatron_tikmix.data.repetition import first_shortage
@@ -21,7 +21,7 @@ class TrainingData:
         InputError: names the file or field, and the remedy.
     """
 
-    def __init__(self, config: RunConfig) -> None:
+    def __init__(self, config: MixtureSections) -> None:
         data = config.data
         self.manifest = DomainManifest.load(data.manifest)
         self.manifest.check_tokenizer()
@@ -91,7 +91,7 @@ class TrainingData:
         schedule.append(0, self._initial_mixture.rounded())
         return schedule
 
-    def _read_schedule(self, config: RunConfig) -> tuple[MixtureSchedule | None, str]:
+    def _read_schedule(self, config: MixtureSections) -> tuple[MixtureSchedule | None, str]:
         """The schedule to follow, if there is one; and in words, what of a run it repeats."""
         if config.remix.schedule is None:
             return None, ""
@@ -113,7 +113,7 @@ class TrainingData:
             return planned, f"the mixtures of {file.path}, not its samples: {'; '.join(different)}"
         return planned, f"the mixtures and the samples of {file.path}"
 
-    def stage_boundaries(self, config: RunConfig) -> list[int]:
+    def stage_boundaries(self, config: MixtureSections) -> list[int]:
         """Iterations, below train_iters, at which a stage begins, after the first one."""
         if self.planned is None:
             return config.boundaries
@@ -121,7 +121,7 @@ class TrainingData:
         starts = [int(sizes.batch_of(stage.start_sample)) for stage in self.planned.stages[1:]]
         return [iteration for iteration in starts if iteration < config.train.train_iters]
 
-    def check_repetition(self, config: RunConfig) -> None:
+    def check_repetition(self, config: MixtureSections) -> None:
         """Refuse a mixture that is settled from the start and takes more than `max_epochs`.
 
         Raises:
@@ -149,7 +149,7 @@ class TrainingData:
             f"raise max_epochs, or stop at train.train_iters {iteration}"
         )
 
-    def _read_initial_mixture(self, config: RunConfig) -> Mixture:
+    def _read_initial_mixture(self, config: MixtureSections) -> Mixture:
         initial = config.data.initial_mixture
         if isinstance(initial, str):
             samples = config.train.consumed_samples(config.train.train_iters)

@@ -17,6 +17,7 @@ from megatron_tikmix.mixing import (
     InfluenceMatrix,
     Mixture,
     MixtureConstraints,
+    MixtureSchedule,
     MixtureSolution,
     epoch_caps,
     solve_tikmix_d,
@@ -50,6 +51,27 @@ class Boundary:
     consumed: Mapping[str, int]
     interval_samples: int
     ledger: Sequence[Mapping[str, Any]]
+
+    @classmethod
+    def of(
+        cls,
+        schedule: MixtureSchedule,
+        ledger: Sequence[Mapping[str, Any]],
+        *,
+        iteration: int,
+        consumed_samples: int,
+        interval_samples: int,
+    ) -> "Boundary":
+        """The boundary that is reached after `consumed_samples` of this schedule."""
+        counts_D = schedule.domain_counts(consumed_samples)
+        return cls(
+            stage=len(schedule.stages),
+            iteration=iteration,
+            prior=schedule.mixture(-1),
+            consumed=dict(zip(schedule.domains, counts_D.tolist(), strict=True)),
+            interval_samples=interval_samples,
+            ledger=ledger,
+        )
 
 
 @dataclass(frozen=True)

@@ -135,15 +135,13 @@ def reset_mixture(run: Run, task_loss: dict[str, float]) -> None:
 
 def boundary(run: Run) -> Boundary:
     """Where the run stands, for the decision on the stage that begins here."""
-    state = run.state
-    return Boundary(
-        stage=len(state.ledger),
+    state, config = run.state, run.config.train
+    return Boundary.of(
+        state.schedule,
+        state.ledger,
         iteration=state.iteration,
-        prior=state.schedule.mixture(-1),
-        consumed=drawn(state),
-        interval_samples=run.config.train.consumed_samples(run.interval_end())
-        - state.consumed_samples,
-        ledger=state.ledger,
+        consumed_samples=state.consumed_samples,
+        interval_samples=config.consumed_samples(run.interval_end()) - state.consumed_samples,
     )
 
 

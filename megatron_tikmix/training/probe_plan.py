@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass, replace
 
-from megatron_tikmix.config import RunConfig
+from megatron_tikmix.config import MixtureSections, RunConfig
 from megatron_tikmix.data.builder import TrainingData
 from megatron_tikmix.errors import InputError
 from megatron_tikmix.influence.sub_batch_bank import MIN_SUB_BATCHES
@@ -99,7 +99,44 @@ class ProbePlan:
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """What is trained and how it is spread, as far as a probe's cost depends on it.
+
+    Attributes:
+        microbatch_multiple: what the micro-batches of one pass must be a multiple of: the pipeline
+            size where stages are interleaved, else 1.
+        parameters: of the fullest rank.
+        flops_per_token: forward and backward, of the whole model.
+    """
+
+    data_parallel_size: int
+    microbatch_multiple: int
+    parameters: int
+    flops_per_token: float
+
+
 def plan_probe(config: RunConfig, world_size: int, data: TrainingData) -> ProbePlan | None:
+    """The probe's plan, before anything is built; None if there is no probe.
+
+    Raises:
+        InputError: as :func:`plan_probe_of`.
+    """
+    model, vocab_size = config.model, data.manifest.vocab_size
+    length = config.data.sequence_length
+    interleaved = model.virtual_pipeline_model_parallel_size is not None
+    trained = Trained(
+        data_parallel_size=config.data_parallel_size(world_size),
+        microbatch_multiple=model.pipeline_model_parallel_size if interleaved else 1,
+        parameters=parameters_per_rank(model, vocab_size, length),
+        flops_per_token=flops_per_token(model, vocab_size, length),
+    )
+    return plan_probe_of(trained, config, data)
+
+
+def plan_probe_of(
+    trained: Trained, config: MixtureSections, data: TrainingData
+) -> ProbePlan | None:
     """The probe's plan; None if there is none.
 
     Raises:
@@ -107,7 +144,7 @@ def plan_probe(config: RunConfig, world_size: int, data: TrainingData) -> ProbeP
     """
     if not config.decides:
         return None
-    plan = _as_configured(config, world_size, data)
+    plan = _as_configured(trained, config, data)
     while not plan.affordable and plan.sub_batches > MIN_SUB_BATCHES:
         plan = replace(plan, sub_batches=plan.sub_batches - 1)
     if plan.affordable:
@@ -125,23 +162,20 @@ def plan_probe(config: RunConfig, world_size: int, data: TrainingData) -> ProbeP
     )
 
 
-def _as_configured(config: RunConfig, world_size: int, data: TrainingData) -> ProbePlan:
-    probe, model, train = config.probe, config.model, config.train
+def _as_configured(trained: Trained, config: MixtureSections, data: TrainingData) -> ProbePlan:
+    probe, train = config.probe, config.train
     interval_samples = (config.interval_iters or 0) * train.global_batch_size
-    ranks = config.data_parallel_size(world_size)
-    length, vocab_size = config.data.sequence_length, data.manifest.vocab_size
+    ranks, length = trained.data_parallel_size, config.data.sequence_length
     D, V = len(data.names), len(data.probed_tasks)
     replicated = probe.data_parallel_mode == "replicated"
-    least = train.micro_batch_size
-    if model.virtual_pipeline_model_parallel_size:
-        least *= model.pipeline_model_parallel_size
+    least = train.micro_batch_size * trained.microbatch_multiple
     step = least * (1 if replicated else ranks)  # of a sub-batch
     groups = math.ceil(V / (probe.task_group_size or V))
     samples_of_tasks = sum(
         _filled(min(probe.task_samples, task.decide.samples_per_epoch), least * ranks)
         for task in data.probed_tasks
     )
-    P = parameters_per_rank(model, vocab_size, length)
+    P = trained.parameters
     of_slices, of_whole = V * P / ranks, math.ceil(V / groups) * P
     kept = of_slices if not replicated else of_whole + (of_slices if groups > 1 else 0)
     limits = [
@@ -167,7 +201,7 @@ def _as_configured(config: RunConfig, world_size: int, data: TrainingData) -> Pr
         sequence_length=length,
         interval_tokens=interval_samples * length,
         max_overhead=probe.max_overhead,
-        flops_per_token=flops_per_token(model, vocab_size, length),
+        flops_per_token=trained.flops_per_token,
         gradient_bytes=int(kept * (2 if probe.gradient_dtype == "bf16" else 4)),
         mode=probe.data_parallel_mode,
     )

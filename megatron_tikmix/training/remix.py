@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_tikmix.config import RunConfig
+from megatron_tikmix.config import MixtureSections
 from megatron_tikmix.influence.sub_batch_bank import SubBatchBank
 from megatron_tikmix.mixing import Mixture
 from megatron_tikmix.parallel.collectives import broadcast_integers
@@ -36,7 +36,7 @@ class Remixer:
         decider: Decider,
         rollouts: Rollouts | None,
         parallel: Parallel,
-        config: RunConfig,
+        config: MixtureSections,
         plan: ProbePlan,
     ) -> None:
         self.probe = probe

@@ -131,7 +131,8 @@ def summed_gradients(model: list[DistributedDataParallel], *, reduced: bool) -> 
     """Let a pass leave gradients summed over tokens, where training takes their mean.
 
     Enter it after the gradient buffers were emptied. Gradients that are not finite are the
-    caller's business: megatron-core does not end the job over them here.
+    caller's business: megatron-core does not end the job over them here. However training itself
+    weighs tokens, here each counts the same.
 
     Args:
         reduced: sum over data-parallel ranks too, into this rank's shard, as in training. False:
@@ -140,25 +141,18 @@ def summed_gradients(model: list[DistributedDataParallel], *, reduced: bool) -> 
             (norms under sequence parallelism, tied embeddings) is done all the same.
     """
     config = model[0].config
-    hooks = ("finalize_model_grads_func", "no_sync_func", "grad_sync_func")
-    former = {name: getattr(config, name) for name in hooks}
     with ExitStack() as stack:
         for chunk in model:
-            checks = chunk.ddp_config.check_for_nan_in_grad, chunk.ddp_config.check_for_large_grads
-            stack.callback(_set_checks, chunk.ddp_config, *checks)
-            _set_checks(chunk.ddp_config, False, False)
-        config.finalize_model_grads_func = _finalize_sums
+            for place, values in _for_sums(chunk):
+                stack.enter_context(_set(place, **values))
+        stack.enter_context(_set(config, finalize_model_grads_func=_finalize_sums))
         if not reduced:
-            config.no_sync_func = config.grad_sync_func = None
+            stack.enter_context(_set(config, no_sync_func=None, grad_sync_func=None))
             for chunk in model:
                 stack.enter_context(chunk.no_sync())  # nothing is sent during the backward pass,
                 chunk.finish_grad_sync = _nothing  # and nothing after it
                 stack.callback(delattr, chunk, "finish_grad_sync")
-        try:
-            yield
-        finally:
-            for name, hook in former.items():
-                setattr(config, name, hook)
+        yield
 
 
 def _finalize_sums(
@@ -167,8 +161,29 @@ def _finalize_sums(
     finalize_model_grads(model, None, **groups)  # without tokens it does not divide by them
 
 
-def _set_checks(ddp_config: Any, nan: bool, large: bool) -> None:
-    ddp_config.check_for_nan_in_grad, ddp_config.check_for_large_grads = nan, large
+def _for_sums(chunk: DistributedDataParallel) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """What of a chunk has to be otherwise while gradients are summed, and how.
+
+    Loops that are not ours may take means: over tokens of a micro-batch and micro-batches in the
+    schedule (without `calculate_per_token_loss`), over ranks in the gradient buckets.
+    """
+    yield chunk.config, {"calculate_per_token_loss": True}
+    off = ("check_for_nan_in_grad", "check_for_large_grads", "average_in_collective")
+    yield chunk.ddp_config, dict.fromkeys(off, False)
+    for group in chunk.bucket_groups:
+        for bucket in group.buckets:
+            yield bucket, {"gradient_scaling_factor": 1.0}
+
+
+@contextmanager
+def _set(place: Any, **values: Any) -> Iterator[None]:
+    """With these attributes; as they were afterwards."""
+    former = {name: getattr(place, name) for name in values}
+    vars(place).update(values)
+    try:
+        yield
+    finally:
+        vars(place).update(former)
 
 
 def _nothing(**arguments: Any) -> None: ...
