@@ -9,6 +9,7 @@ from megatron_tikmix.config import RunConfig
 from megatron_tikmix.data.builder import TrainingData
 from megatron_tikmix.data.repetition import planned_samples
 from megatron_tikmix.data.tasks import Task
+from megatron_tikmix.training.memory_plan import plan_memory
 from megatron_tikmix.training.probe_plan import plan_probe
 
 _UTILISATION = 0.4  # of a matrix product's rate, by a whole training step: what is common
@@ -24,6 +25,7 @@ def describe(config: RunConfig, world_size: int, data: TrainingData) -> str:
         f"{subject:<12} {text}"
         for subject, text in (
             ("layout", _layout(config, world_size)),
+            ("memory", _memory(config, world_size, data)),
             ("training", _training(config)),
             ("domains", _domains(config, data)),
             ("tasks", ", ".join(map(_task, data.tasks))),
@@ -54,6 +56,12 @@ def _layout(config: RunConfig, world_size: int) -> str:
         f"{world_size} ranks = tensor {model.tensor_model_parallel_size} × pipeline "
         f"{model.pipeline_model_parallel_size} × data {config.data_parallel_size(world_size)}"
     )
+
+
+def _memory(config: RunConfig, world_size: int, data: TrainingData) -> str:
+    probe = plan_probe(config, world_size, data)
+    kept = probe.gradient_bytes if probe else 0
+    return plan_memory(config, world_size, data.manifest.vocab_size, kept).in_words()
 
 
 def _training(config: RunConfig) -> str:
