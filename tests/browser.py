@@ -19,8 +19,8 @@ FLAGS = (
     "--hide-scrollbars",
     "--enable-logging=stderr",
     "--v=0",
+    "--host-resolver-rules=MAP * ~NOTFOUND , EXCLUDE 127.0.0.1",
 )
-NO_NETWORK = "--host-resolver-rules=MAP * ~NOTFOUND"
 
 
 @dataclass(frozen=True)
@@ -48,21 +48,18 @@ def visit(
     size: tuple[int, int] = (1200, 900),
     screenshot: Path | None = None,
     milliseconds: int = 10_000,
-    network: bool = False,
 ) -> Visit:
     """Open a page in a window of `size`, let its scripts run for `milliseconds` of its own time.
 
     Args:
         profile: a folder for what the browser keeps of itself.
         screenshot: a file for what the window shows.
-        network: whether names resolve; without, addresses of this machine still do.
     """
     browser = find_browser()
     assert browser is not None
     command = [
         browser,
         *FLAGS,
-        *([] if network else [NO_NETWORK]),
         f"--user-data-dir={profile}",
         f"--window-size={size[0]},{size[1]}",
         f"--virtual-time-budget={milliseconds}",

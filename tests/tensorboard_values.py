@@ -40,6 +40,9 @@ def expected_scalars(ledger: Sequence[Row], metrics: Sequence[Row], length: int)
             expected[tag, step] = value
     for row in metrics:
         begun = [stage for stage in ledger if stage["start_sample"] < row["consumed_samples"]][-1]
+        if "task_loss" not in row:  # in the middle of a stage
+            for name, weight in begun["weights"].items():
+                expected[f"mixture/weight/{name}", row["iteration"]] = weight
         for tag, value in _of_step(begun, row, length):
             expected[tag, row["iteration"]] = value
     return {key: value for key, value in expected.items() if value is not None}

@@ -13,8 +13,9 @@ from megatron_tikmix.monitoring.heat_maps import DIVERGING, GREY, GREY_TEXT
 
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
-CELL_WIDTH, GAP, LETTERS = 64, 2, 24
-"""Pixels of a cell and between cells, before enlarging; characters of a name."""
+CELL_WIDTH, BARE_CELL_WIDTH, GAP, LETTERS = 64, 24, 2, 24
+"""Pixels of a cell with a number, of one without, and between cells, before enlarging; characters
+of a name."""
 
 FEW_CELLS, ENLARGED = 400, 3
 """A matrix of so few cells has numbers in them, and is drawn so many times as large: TensorBoard
@@ -53,7 +54,7 @@ def heat_map_image(matrix: Influence) -> tuple[NDArray[np.uint8], Grid]:
     grid = Grid(
         left=int(max(map(font.getlength, names))) + 12 * scale,
         top=int(max(map(font.getlength, tasks))) + 12 * scale,
-        cell_width=CELL_WIDTH * scale,
+        cell_width=(CELL_WIDTH if numbers else BARE_CELL_WIDTH) * scale,
         cell_height=(22 if numbers else 12) * scale,
         gap=GAP * scale,
         numbers=numbers,

@@ -16,7 +16,8 @@ def summary(title: str, history: RunHistory) -> str:
         (percent(history.probe_token_share), "of all tokens went to the probe"),
         (percent(history.probe_time_share), "of the time went to the probe"),
     ]
-    head = text("h1", title) + text("p", in_words(history), "lead")
+    words = in_words(history).replace(" %", "\N{NO-BREAK SPACE}%")
+    head = text("h1", title) + text("p", words, "lead")
     return f"<header>{head}</header>{tiles(figures)}"
 
 

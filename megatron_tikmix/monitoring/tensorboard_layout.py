@@ -21,7 +21,7 @@ def layout_of(
     """A tensorboard `layout_pb2.Layout` for these domains and tasks.
 
     A margin chart draws a value with a band from `low` to `high`: here, one standard error. Many
-    domains are spread over several charts, in their order. What a run that does not decide or
+    domains, the largest first, are spread over several charts. What a run that does not decide or
     audit never writes has no chart.
     """
     from tensorboard.plugins.custom_scalar import layout_pb2 as pb
@@ -36,18 +36,21 @@ def layout_of(
         ]
         return pb.Chart(title=title, margin=pb.MarginChartContent(series=series))
 
+    largest = domains[:MOST_BANDS]
+    few = len(domains) <= MOST_BANDS
+    of_these = "" if few else f", the {MOST_BANDS} domains largest at the start"
+    groups = list(_groups(domains, MOST_BANDS))
     categories = {
         "mixture": [
-            lines("target (steps) and realised weights", r"^mixture/(weight|realised)/"),
+            lines(f"target and realised weights{of_these}", *_tags(WEIGHTS, largest)),
             lines("total variation and its noise", r"^mixture/total_variation"),
             lines("effective domains, exp(H)", r"^mixture/effective_domains$"),
-            lines("epochs", r"^mixture/epochs/"),
-            lines("tokens", r"^mixture/tokens/"),
+            *(lines(f"{name}{of_these}", *_tags([name], largest)) for name in ("epochs", "tokens")),
         ],
         **{
             f"influence on {task} (± one standard error)": [
                 bands(_span(group), *(_band("influence", f"{task}/{name}") for name in group))
-                for group in _groups(domains, MOST_BANDS)
+                for group in groups
             ]
             for task in tasks
         },
@@ -77,13 +80,15 @@ def layout_of(
             lines("peak of memory, bytes", r"^mem-max-allocated-bytes$"),
         ],
         "target and realised, by domain": [
-            lines(
-                _span(group),
-                *(_only(f"mixture/{of}/{name}") for name in group for of in WEIGHTS),
-            )
-            for group in _groups(domains, 1 if len(domains) <= MOST_BANDS else MOST_BANDS // 2)
+            lines(_span(group), *_tags(WEIGHTS, group))
+            for group in _groups(domains, 1 if few else MOST_BANDS // 2)
         ],
     }
+    if not few:
+        for name in ("epochs", "tokens"):
+            categories[f"{name}, by domain"] = [
+                lines(_span(group), *_tags([name], group)) for group in groups
+            ]
     unwritten = set()
     if not decides:
         unwritten |= {title for title in categories if title.startswith(("influence", "decision"))}
@@ -129,6 +134,11 @@ def _band(prefix: str, name: str) -> tuple[str, str, str]:
 
 def _audited(task: str) -> tuple[str, str, str]:
     return f"audit/difference/{task}", f"audit/low/{task}", f"audit/high/{task}"
+
+
+def _tags(kinds: Sequence[str], domains: Sequence[str]) -> list[str]:
+    """Patterns of these tags of the mixture, of these domains alone."""
+    return [_only(f"mixture/{kind}/{name}") for name in domains for kind in kinds]
 
 
 def _only(tag: str) -> str:

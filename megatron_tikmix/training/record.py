@@ -75,6 +75,7 @@ class Recorder:
             # What an earlier start wrote from here on is hidden.
             purge_step=state.iteration + 1 if state.iteration else 0,
             sequence_length=self._config.data.sequence_length,
+            in_force=state.ledger[-1]["weights"] if state.ledger else None,
         )
         self._tensorboard.hparams(yaml.safe_load(self._resolved))
         self._terminal = Terminal(self._config.train.train_iters, start_iteration=state.iteration)

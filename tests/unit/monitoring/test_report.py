@@ -129,7 +129,7 @@ def test_the_summary_says_the_same_as_the_history(tmp_path):
     assert f"{first:.3f} (iteration 0) to {last:.3f} (iteration 480)" in text
     probe = sum(row["probe_tokens"] for row in ledger)
     trained = metrics[-1]["consumed_samples"] * SEQUENCE_LENGTH
-    assert f"{100 * probe / (probe + trained):.1f} % of all tokens" in text
+    assert f"{100 * probe / (probe + trained):.1f}\N{NO-BREAK SPACE}% of all tokens" in text
 
 
 def test_the_cost_table_adds_up(tmp_path):
