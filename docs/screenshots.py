@@ -38,7 +38,8 @@ TENSORBOARD = {
     "images": "?darkMode=false#images",
     "custom": "?darkMode=false#custom_scalars&_smoothingWeight=0",
 }
-REPORT_HEIGHT, WINDOW = 2600, (1400, 1150)
+REPORT = (1200, 3600)
+WINDOWS = {"series": (1400, 1150), "images": (1400, 900), "custom": (1400, 1700)}
 
 
 def made_up(folder: Path, domains: int, seed: int = 0) -> Path:
@@ -116,11 +117,11 @@ def main() -> int:
         for domains, run in ((6, few), (200, many)):
             report = write_report(run, baselines[run])
             path = arguments.output / f"report_{domains}.png"
-            take(report.as_uri(), (1200, REPORT_HEIGHT), path, work)
+            take(report.as_uri(), REPORT, path, work)
             with tensorboard(run / "tensorboard") as address:
                 for name, place in TENSORBOARD.items():
                     path = arguments.output / f"tensorboard_{name}_{domains}.png"
-                    take(address + place, WINDOW, path, work)
+                    take(address + place, WINDOWS[name], path, work)
     return 0
 
 
