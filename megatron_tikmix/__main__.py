@@ -4,12 +4,14 @@ import sys
 
 from megatron_tikmix.errors import InputError, TrainingError
 from megatron_tikmix.log import configure_logging, tell_error
+from megatron_tikmix.parallel.apex import check_apex
 
 
 def main(arguments: list[str]) -> int:
     """Run the command line; the exit code is 2 for bad input, which is told in one sentence."""
     configure_logging()
     try:
+        check_apex()
         # Imported here: megatron-core takes seconds to load and warns while it does.
         from megatron_tikmix.config import load_config
         from megatron_tikmix.pretrain import pretrain

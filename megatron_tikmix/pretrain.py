@@ -14,6 +14,7 @@ from megatron_tikmix.errors import InputError
 from megatron_tikmix.parallel.collectives import agree_on_input
 from megatron_tikmix.parallel.initialize import Parallel, initialize, shut_down
 from megatron_tikmix.training.checkpoint import Checkpointer
+from megatron_tikmix.training.kernels import kernels_in_use
 from megatron_tikmix.training.loop import Run, train
 from megatron_tikmix.training.make_remixer import build_decider, make_remixer
 from megatron_tikmix.training.model import build_model
@@ -60,7 +61,10 @@ def pretrain(config: RunConfig, resolved: str) -> None:
 
         def begin() -> None:
             # Told by the main rank alone, and it times a product for it.
-            plan = describe(config, world_size, data) if parallel.is_main else ""
+            plan = ""
+            if parallel.is_main:
+                kernels = kernels_in_use(run.forward_backward.model, run.optimizer)
+                plan = f"{describe(config, world_size, data)}\n{'kernels':<12} {kernels}"
             recorder.begin(plan, run.state)
 
         together(parallel, begin)

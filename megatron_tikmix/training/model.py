@@ -24,6 +24,7 @@ from megatron.core.transformer.transformer_block import (
 )
 
 from megatron_tikmix.config import GPTConfig
+from megatron_tikmix.errors import InputError
 from megatron_tikmix.parallel.initialize import Parallel
 from megatron_tikmix.seeds import derived_seed
 from megatron_tikmix.training.norms import with_torch_norm
@@ -36,14 +37,21 @@ def padded_vocab_size(vocab_size: int, config: GPTConfig) -> int:
 
 
 def uses_transformer_engine(config: GPTConfig) -> bool:
-    """Whether layers come from Transformer Engine: on request, or on a GPU that has it."""
-    if config.transformer_impl != "auto":
-        return config.transformer_impl == "transformer_engine"
-    if not torch.cuda.is_available():
-        return False
+    """Whether layers come from Transformer Engine: on request, or on a GPU that has it.
+
+    Raises:
+        InputError: it is asked for, and not installed.
+    """
     from megatron.core.extensions.transformer_engine import HAVE_TE
 
-    return bool(HAVE_TE)
+    if config.transformer_impl == "transformer_engine" and not HAVE_TE:
+        raise InputError(
+            "model.transformer_impl transformer_engine: Transformer Engine cannot be imported "
+            "here; install it, or use local, or auto, which takes it where it is"
+        )
+    if config.transformer_impl != "auto":
+        return config.transformer_impl == "transformer_engine"
+    return torch.cuda.is_available() and bool(HAVE_TE)
 
 
 def layer_spec(config: GPTConfig) -> ModuleSpec:
