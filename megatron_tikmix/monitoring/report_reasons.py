@@ -15,7 +15,7 @@ HINT = (
     "What made the solver's answer differ from the mixture before, in points of weight; the parts "
     "add up to the change. Gain is summed over tasks; what multiplies all weights alike, so that "
     "they sum to 1, is under all alike. Noise is one standard error of gain and uniformity, at "
-    "most. `inspect_run.py why` has every task."
+    "most. inspect_run.py why has every task."
 )
 
 
