@@ -65,7 +65,7 @@ def make_run(
                 "start_iteration": stage * INTERVAL,
                 "start_sample": stage * INTERVAL * BATCH,
                 "source": "tikmix_d" if stage else "initial",
-                "reason": "the change is 3.1 times its noise" if stage else "uniform weights",
+                "reason": "the change is 3.1 times its noise" if stage else "the initial mixture",
                 "weights": _named(domains, weights_D),
                 "influence": _table(tasks, domains, values_VD) if stage else None,
                 "influence_se": _table(tasks, domains, errors_VD) if stage else None,

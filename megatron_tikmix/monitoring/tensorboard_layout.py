@@ -49,7 +49,10 @@ def layout_of(
         ],
         **{
             f"influence on {task} (± one standard error)": [
-                bands(_span(group), *(_band("influence", f"{task}/{name}") for name in group))
+                bands(
+                    _span(group) if len(groups) > 1 else "all domains",
+                    *(_band("influence", f"{task}/{name}") for name in group),
+                )
                 for group in groups
             ]
             for task in tasks

@@ -79,6 +79,10 @@ CASES = {
         {"remix.constraints.max_epochs": {"low": 0.01}},
         "by the first reset, at iteration 4, its mixture takes",
     ),
+    "a baseline that is not there": (
+        {"baseline": "nowhere"},
+        "baseline nowhere is not a directory",
+    ),
     "precision without a limit": ({"probe.precision": 0.05}, "probe.max_tokens or"),
 }
 
