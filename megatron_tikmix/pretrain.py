@@ -165,6 +165,7 @@ def build_checkpointer(
         forward_backward.parallel,
         fingerprint=fingerprint,
         keep=config.checkpoint.keep,
+        keep_every=config.checkpoint.keep_every,
     )
 
 

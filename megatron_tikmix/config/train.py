@@ -98,7 +98,10 @@ class CheckpointConfig:
     """Iterations between checkpoints, besides one after every boundary and one at the end."""
 
     keep: int = 2
-    """How many checkpoints to keep; older ones are deleted."""
+    """How many of the newest checkpoints to keep; older ones are deleted."""
+
+    keep_every: int | None = None
+    """Checkpoints of iterations divisible by this are kept besides, for good."""
 
     def __post_init__(self) -> None:
         require(
@@ -107,3 +110,8 @@ class CheckpointConfig:
             "must be positive",
         )
         require(self.keep > 0, "checkpoint.keep", "must be positive")
+        require(
+            self.keep_every is None or self.keep_every > 0,
+            "checkpoint.keep_every",
+            "must be positive",
+        )

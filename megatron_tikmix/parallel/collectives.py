@@ -88,6 +88,13 @@ def first_problem(problem: str | None, parallel: Parallel) -> str | None:
     return f"rank {rank}: {text}" if parallel.world_size > 1 else text
 
 
+def gather_objects(value: Any, parallel: Parallel) -> list[Any]:
+    """Every rank's `value`, by rank, on every rank."""
+    found: list[Any] = [None] * parallel.world_size
+    dist.all_gather_object(found, value, group=parallel.cpu_group)
+    return found
+
+
 class MeetingPoint:
     """Where a rank finds out whether it is alone with an error. Making one is collective.
 

@@ -1,15 +1,7 @@
-"""Checkpoints: megatron-core's dist_checkpointing, and the mixture's schedule beside it.
-
-::
-
-    checkpoints/
-      latest_checkpointed_iteration.txt   replaced last, once everything else is on disk
-      iter_0000080/                       megatron-core's shards, and
-        tikmix.json                       iteration, consumed_samples, schedule, ledger
-"""
+"""Checkpoints: megatron-core's dist_checkpointing, and the mixture's schedule beside it."""
 
 import json
-import os
+import logging
 import shutil
 from pathlib import Path
 from typing import Any
@@ -28,8 +20,20 @@ from megatron_tikmix.parallel.collectives import (
     barrier,
     broadcast_object,
     check_same_on_all_ranks,
+    first_problem,
+    gather_objects,
 )
 from megatron_tikmix.parallel.initialize import Parallel
+from megatron_tikmix.training.checkpoint_files import (
+    RECORD,
+    CheckpointFolder,
+    Manifest,
+    damage,
+    measured,
+    read_record,
+    write_whole,
+)
+from megatron_tikmix.training.checkpoint_writer import save_shards
 from megatron_tikmix.training.evaluate import gathered_parameters
 from megatron_tikmix.training.optimizer_state import (
     mend_buckets,
@@ -39,19 +43,20 @@ from megatron_tikmix.training.optimizer_state import (
 from megatron_tikmix.training.rng import rng_state, set_rng_state
 from megatron_tikmix.training.state import TrainState
 
-_LATEST = "latest_checkpointed_iteration.txt"
-_STATE = "tikmix.json"
+_log = logging.getLogger(__name__)
+
 # Loads at any tensor, pipeline and data-parallel size.
 _SHARDING = {"distrib_optim_sharding_type": "fully_reshardable"}
 
 
 class Checkpointer:
-    """Saves a run under one folder, and finds the newest checkpoint there. Collective.
+    """Saves a run under one folder, and finds the newest whole checkpoint there. Collective.
 
     Args:
         fingerprint: what must not differ between saving and loading, by configuration field;
             fields of a checkpoint that are not named here may.
-        keep: how many checkpoints to keep.
+        keep, keep_every: the newest so many checkpoints are kept, and those of iterations
+            divisible by `keep_every`.
     """
 
     def __init__(
@@ -64,70 +69,114 @@ class Checkpointer:
         *,
         fingerprint: dict[str, Any],
         keep: int,
+        keep_every: int | None = None,
     ) -> None:
-        self._folder = folder
+        self._files = CheckpointFolder(folder)
         self._chunks = model
         self._model = unwrap_model(model)
         self._optimizer = optimizer
         self._scheduler = scheduler
         self._parallel = parallel
         self._fingerprint = fingerprint
-        self._keep = keep
+        self._keep, self._keep_every = keep, keep_every
         mend_buckets(optimizer)
 
-    def save(self, state: TrainState) -> Path:
-        """Write a checkpoint; only when it is complete does it become the latest."""
-        path = self._path(state.iteration)
+    def save(self, state: TrainState) -> Path | None:
+        """Write a checkpoint; only when it is whole and on disk does it become the latest.
+
+        Returns:
+            where it is; None, on every rank, if it could not be written: the former checkpoint
+            is then still the latest, and a warning was given.
+        """
+        path, problem = self._written(state)
+        if problem is None:
+            return path
         if self._parallel.is_main:
-            shutil.rmtree(path, ignore_errors=True)  # what a killed save left
-            path.mkdir(parents=True)
+            if path is not None:
+                shutil.rmtree(path, ignore_errors=True)
+            _log.error(
+                "THE CHECKPOINT OF ITERATION %d WAS NOT SAVED: %s; training goes on, and a restart "
+                "would go back to the checkpoint before; make room in %s",
+                state.iteration,
+                problem,
+                self._files.folder,
+            )
         barrier(self._parallel)
+        return None
+
+    def _written(self, state: TrainState) -> tuple[Path | None, str | None]:
+        """The checkpoint's folder, and why it is not a checkpoint."""
+        unfinished: Path | None = None
+        problem = None
+        if self._parallel.is_main:
+            try:
+                unfinished = self._files.begin(state.iteration)
+            except OSError as error:
+                problem = str(error)
+        unfinished, problem = broadcast_object((unfinished, problem), self._parallel)
+        if problem is not None or unfinished is None:
+            return None, problem
         with gathered_parameters(self._chunks):
-            dist_checkpointing.save(self._sharded_state(is_loading=False), str(path))
+            problem = save_shards(self._sharded_state(is_loading=False), unfinished, self._parallel)
+        if problem is not None:
+            return unfinished, problem
+        manifest: Manifest = {}
+        try:
+            if self._parallel.is_main:
+                write_whole(unfinished / RECORD, json.dumps(self._record(state)))
+            manifest = measured(unfinished, self._own_files(unfinished))
+        except OSError as error:
+            problem = str(error)
+        problem = first_problem(problem, self._parallel)
+        if problem is not None:
+            return unfinished, problem
+        for part in gather_objects(manifest, self._parallel):
+            manifest |= part
+        path = unfinished
         if self._parallel.is_main:
-            record = {
-                "iteration": state.iteration,
-                "consumed_samples": state.consumed_samples,
-                "skipped_iterations": state.skipped_iterations,
-                "layout": self._layout(),
-                "fingerprint": self._fingerprint,
-                "schedule": state.schedule.to_json(),
-                "domain_samples": state.schedule.domain_counts(state.consumed_samples).tolist(),
-                "ledger": state.ledger,
-            }
-            _write(path / _STATE, json.dumps(record))
-            _write(self._folder / _LATEST, f"{state.iteration}\n")
-            # Later ones are there if an earlier checkpoint was gone back to; they stay.
-            upto_now = [kept for kept in self._complete() if kept.name <= path.name]
-            for old in upto_now[: -self._keep]:
-                shutil.rmtree(old)
-        barrier(self._parallel)
-        return path
+            try:
+                path = self._files.complete(unfinished, state.iteration, manifest)
+                self._files.prune(state.iteration, self._keep, self._keep_every)
+            except OSError as error:
+                problem = str(error)
+        return path, first_problem(problem, self._parallel)
+
+    def _own_files(self, path: Path) -> list[str]:
+        """Those this rank measures: what it wrote, and the main rank what is nobody else's."""
+        names = [file.name for file in path.iterdir()]
+        shards = [name for name in names if name.startswith("__") and name.endswith(".distcp")]
+        own = [name for name in shards if name.startswith(f"__{self._parallel.rank}_")]
+        return sorted(own + (sorted(set(names) - set(shards)) if self._parallel.is_main else []))
+
+    def _record(self, state: TrainState) -> dict[str, Any]:
+        return {
+            "iteration": state.iteration,
+            "consumed_samples": state.consumed_samples,
+            "skipped_iterations": state.skipped_iterations,
+            "layout": self._layout(),
+            "fingerprint": self._fingerprint,
+            "schedule": state.schedule.to_json(),
+            "domain_samples": state.schedule.domain_counts(state.consumed_samples).tolist(),
+            "ledger": state.ledger,
+        }
 
     def load_latest(self, state: TrainState, iteration: int | None = None) -> bool:
-        """Bring the newest checkpoint's contents into the run; False when there is none.
+        """Bring the newest whole checkpoint's contents into the run; False when there is none.
 
-        Parameters, optimizer and schedule are filled in place, `state` too.
+        Parameters, optimizer and schedule are filled in place, `state` too. A damaged checkpoint
+        is named in a warning, and the one before it is taken.
 
         Args:
             iteration: load the checkpoint of this iteration, in place of the newest one.
 
         Raises:
-            InputError: the run's data or seed is not the checkpoint's, or there is no checkpoint
-                of `iteration`.
+            InputError: the run's data or seed is not the checkpoint's, there is no checkpoint
+                of `iteration`, or none that is whole.
         """
-        # Read once: ranks that saw different files would resume different runs, or not at all.
-        record, problem = None, None
-        if self._parallel.is_main:
-            try:
-                record = self._read(iteration)
-            except InputError as error:
-                problem = error
-        agree_on_input(problem, self._parallel)
-        record = broadcast_object(record, self._parallel)
+        record = self._chosen(iteration)
         if record is None:
             return False
-        path = self._path(record["iteration"])
+        path = self._files.path(record["iteration"])
         mend_torch_adam(self._optimizer)
         sharded = self._sharded_state(is_loading=True)
         same_layout = record["layout"] == self._layout()
@@ -151,39 +200,62 @@ class Checkpointer:
         check_same_on_all_ranks(state.schedule.digest(), "the mixture schedule", self._parallel)
         return True
 
-    def _read(self, iteration: int | None) -> dict[str, Any] | None:
-        """A checkpoint's record (None: the newest one's), if there is one and it is of this run."""
-        latest = self._folder / _LATEST
-        if iteration is not None and self._path(iteration) not in self._complete():
-            there = [str(int(path.name.removeprefix("iter_"))) for path in self._complete()]
-            raise InputError(
-                f"{self._folder} has no checkpoint of iteration {iteration}; it has "
-                f"{', '.join(there) or 'none'}"
-            )
-        if iteration is None and not latest.is_file():
+    def _chosen(self, iteration: int | None) -> dict[str, Any] | None:
+        """The record of the checkpoint to load, the same on every rank; None: start anew."""
+        # Looked up once: ranks that saw different files would resume different runs.
+        there = broadcast_object(
+            (self._files.iterations(), self._files.newest_first()), self._parallel
+        )
+        complete, candidates = there
+        if iteration is not None:
+            if iteration not in complete:
+                raise InputError(
+                    f"{self._files.folder} has no checkpoint of iteration {iteration}; it has "
+                    f"{', '.join(map(str, complete)) or 'none'}"
+                )
+            candidates = [iteration]
+        elif not candidates and not broadcast_object(self._files.pointer.exists(), self._parallel):
             return None
-        try:
-            path = self._path(int(latest.read_text()) if iteration is None else iteration)
-            record: dict[str, Any] = json.loads((path / _STATE).read_text())
-            fingerprint = record["fingerprint"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise InputError(
-                f"{latest} does not name a whole checkpoint ({error}); write the iteration of "
-                f"another one beside it into it, or use another run_dir"
-            ) from error
+        problems: list[str] = []
+        for candidate in candidates:
+            path = self._files.path(candidate)
+            problem = damage(path, self._parallel.rank, self._parallel.world_size)
+            problem = first_problem(problem, self._parallel)
+            if problem is None:
+                if problems and self._parallel.is_main:
+                    _log.warning(
+                        "damaged: %s; going on from the checkpoint of iteration %d, the newest one "
+                        "that is whole",
+                        "; ".join(problems),
+                        candidate,
+                    )
+                return self._accepted(path)
+            problems.append(problem)
+        raise InputError(
+            f"{self._files.pointer} does not name a whole checkpoint, and there is no other one "
+            f"({problems[0] if problems else 'it holds no number'}); use another run_dir, or "
+            f"delete {self._files.folder} to start anew"
+        )
+
+    def _accepted(self, path: Path) -> dict[str, Any]:
+        """A checkpoint's record, if it is one of this run."""
+        record: dict[str, Any] = {}
+        problem = None
+        if self._parallel.is_main:
+            record = read_record(path)
+            problem = self._refusal(path, record["fingerprint"])
+        agree_on_input(problem, self._parallel)
+        accepted: dict[str, Any] = broadcast_object(record, self._parallel)
+        return accepted
+
+    def _refusal(self, path: Path, fingerprint: dict[str, Any]) -> InputError | None:
         for field, value in fingerprint.items():
             if field in self._fingerprint and self._fingerprint[field] != value:
-                raise InputError(
+                return InputError(
                     f"{path}: was saved with {field} {value}, and the run has "
                     f"{self._fingerprint[field]}; resume with the same, or use another run_dir"
                 )
-        return record
-
-    def _path(self, iteration: int) -> Path:
-        return self._folder / f"iter_{iteration:07d}"
-
-    def _complete(self) -> list[Path]:
-        return sorted(path.parent for path in self._folder.glob(f"iter_*/{_STATE}"))
+        return None
 
     def _layout(self) -> list[int]:
         groups = self._parallel.groups
@@ -208,13 +280,3 @@ class Checkpointer:
             (groups.pp.rank(), groups.tp.rank(), groups.dp.rank()),
         )
         return state
-
-
-def _write(path: Path, text: str) -> None:
-    """Write a file whole or not at all, and onto the disk."""
-    unfinished = path.with_name(f"{path.name}.tmp")
-    with unfinished.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(unfinished, path)

@@ -96,7 +96,7 @@ def train(run: Run) -> None:
         row = train_interval(run, until=run.interval_end())
         if run.stop_reason is not None and not run.ends_interval():
             run.recorder.step(row, realised_mixture(run))
-            run.checkpointer.save(state)
+            save_to_end(run)
             return
         task_loss = measure(run)
         row |= {
@@ -110,9 +110,23 @@ def train(run: Run) -> None:
             if run.probe_plan and len(state.ledger) == 1:
                 run.recorder.probe_estimate(run.probe_plan.tokens, row["tokens_per_second"])
             reset_mixture(run, task_loss)
-        run.checkpointer.save(state)
-        if run.stop_reason is not None:
+        if run.stop_reason is not None or state.done:
+            save_to_end(run)
             return
+        run.checkpointer.save(state)
+
+
+def save_to_end(run: Run) -> None:
+    """Save a run that ends here. Collective.
+
+    Raises:
+        TrainingError: that failed, and what was trained since the checkpoint before is lost.
+    """
+    if run.checkpointer.save(run.state) is None:
+        raise TrainingError(
+            f"the run ends at iteration {run.state.iteration} without a checkpoint of it, see "
+            f"above; make room, and start again to resume from the checkpoint before"
+        )
 
 
 def reset_mixture(run: Run, task_loss: dict[str, float]) -> None:

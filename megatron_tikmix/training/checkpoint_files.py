@@ -1,0 +1,197 @@
+"""The files of a run's checkpoints: which there are, whether they are whole, which may go.
+
+::
+
+    checkpoints/
+      latest_checkpointed_iteration.txt   replaced last, once everything else is on disk
+      iter_0000080/                       renamed to this when it is complete
+        __0_0.distcp, .metadata, ...      megatron-core's shards
+        tikmix.json                       iteration, consumed_samples, schedule, ledger
+        manifest.json                     size and SHA-256 of every file above
+      iter_0000120.unfinished/            being written, or left by a killed save
+
+Neither torch nor a job is needed to look at them.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_tikmix.errors import InputError
+
+LATEST = "latest_checkpointed_iteration.txt"
+RECORD = "tikmix.json"
+MANIFEST = "manifest.json"
+_UNFINISHED = ".unfinished"
+
+Manifest = dict[str, dict[str, Any]]
+"""``{file: {"bytes": size, "sha256": hexadecimal digest}}``."""
+
+
+class CheckpointFolder:
+    """The checkpoints of one run."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.pointer = self.folder / LATEST
+
+    def path(self, iteration: int) -> Path:
+        """Where the checkpoint of `iteration` is, or would be."""
+        return self.folder / f"iter_{iteration:07d}"
+
+    def iterations(self) -> list[int]:
+        """Of the checkpoints that were completed, ascending."""
+        names = (path.parent.name for path in self.folder.glob(f"iter_*/{RECORD}"))
+        numbers = (name.removeprefix("iter_") for name in names)
+        return sorted(int(number) for number in numbers if number.isdigit())
+
+    def newest_first(self) -> list[int]:
+        """What a run goes on from, in order of preference: the latest, and those before it.
+
+        Without a readable pointer every checkpoint counts. Empty if there was never one.
+        """
+        there = self.iterations()[::-1]
+        try:
+            latest = int(self.pointer.read_text())
+        except (OSError, ValueError):
+            return there
+        return [latest, *(iteration for iteration in there if iteration < latest)]
+
+    def begin(self, iteration: int) -> Path:
+        """An empty folder to write a checkpoint into; what killed saves left is removed."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for left in self.folder.glob(f"iter_*{_UNFINISHED}"):
+            shutil.rmtree(left)
+        path = self.path(iteration).with_name(self.path(iteration).name + _UNFINISHED)
+        path.mkdir()
+        return path
+
+    def complete(self, unfinished: Path, iteration: int, manifest: Manifest) -> Path:
+        """Make what was written a checkpoint, and the latest one."""
+        write_whole(unfinished / MANIFEST, json.dumps({"files": manifest}, indent=1))
+        path = self.path(iteration)
+        if path.exists():  # gone back to an earlier one, the run comes by here again
+            shutil.rmtree(path)
+        _sync_folder(unfinished)
+        os.replace(unfinished, path)
+        _sync_folder(self.folder)
+        write_whole(self.pointer, f"{iteration}\n")
+        return path
+
+    def prune(self, upto: int, keep: int, keep_every: int | None = None) -> list[int]:
+        """Delete all but the newest `keep` and those of iterations divisible by `keep_every`.
+
+        Only those up to iteration `upto`: later ones are there if an earlier checkpoint was gone
+        back to, and stay.
+
+        Returns:
+            the iterations of those deleted.
+        """
+        old = [iteration for iteration in self.iterations() if iteration <= upto][:-keep]
+        gone = [n for n in old if keep_every is None or n % keep_every != 0]
+        for iteration in gone:
+            # The record first: what is left of an interrupted deletion is no checkpoint.
+            (self.path(iteration) / RECORD).unlink()
+            shutil.rmtree(self.path(iteration))
+        return gone
+
+
+def read_record(checkpoint: Path) -> dict[str, Any]:
+    """A checkpoint's own account of the run: iteration, schedule, ledger, fingerprint.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    path = checkpoint / RECORD
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(record["fingerprint"], dict):
+            raise TypeError("its fingerprint is no object")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} cannot be read: {error}") from error
+    return dict(record)
+
+
+def measured(checkpoint: Path, names: Sequence[str]) -> Manifest:
+    """Size and digest of these files, each brought onto the disk first."""
+    return {
+        name: {"bytes": (checkpoint / name).stat().st_size, "sha256": _digest(checkpoint / name)}
+        for name in names
+    }
+
+
+def read_manifest(checkpoint: Path) -> Manifest | None:
+    """What was written; None for a checkpoint of a version that wrote no manifest.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    path = checkpoint / MANIFEST
+    if not path.exists():
+        return None
+    try:
+        files: Mapping[str, Mapping[str, Any]] = json.loads(path.read_text())["files"]
+        return {
+            name: {"bytes": int(file["bytes"]), "sha256": str(file["sha256"])}
+            for name, file in files.items()
+        }
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path} cannot be read: {error}") from error
+
+
+def damage(checkpoint: Path, share: int = 0, shares: int = 1) -> str | None:
+    """What is wrong with a checkpoint, naming a file of it; None if it is whole.
+
+    Args:
+        share, shares: of the files' contents only this one of so many equal shares is read.
+    """
+    try:
+        manifest = read_manifest(checkpoint)
+        read_record(checkpoint)
+    except InputError as error:
+        return str(error)
+    if manifest is None:
+        return None
+    for name, file in manifest.items():
+        path = checkpoint / name
+        if not path.is_file():
+            return f"{path} is missing"
+        if path.stat().st_size != file["bytes"]:
+            return f"{path} has {path.stat().st_size} bytes and was written with {file['bytes']}"
+    for name in sorted(manifest)[share::shares]:
+        path = checkpoint / name
+        try:
+            if _digest(path) != manifest[name]["sha256"]:
+                return f"{path} does not have the checksum that it was written with"
+        except OSError as error:
+            return f"{path} cannot be read: {error}"
+    return None
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file whole or not at all, and onto the disk."""
+    unfinished = path.with_name(f"{path.name}.tmp")
+    with unfinished.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(unfinished, path)
+    _sync_folder(path.parent)
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
