@@ -44,8 +44,10 @@ def settings(settings: dict[str, Any], prompts: Path) -> dict[str, Any]:
 def reference(settings: dict[str, Any], runs: dict[str, Path]) -> Path:
     """The run of one rank that the others are held against."""
     if "reference" not in runs:
-        launch(settings)
-        runs["reference"] = Path(settings["run_dir"])
+        # A folder of its own: a layout that found this run in its own would resume it, finished.
+        alone = overridden(settings, {"run_dir": settings["run_dir"] + "-reference"})
+        launch(alone)
+        runs["reference"] = Path(alone["run_dir"])
     return runs["reference"]
 
 
