@@ -1,6 +1,7 @@
 """What cannot run is refused here, field by field, before anything is built."""
 
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,30 +13,76 @@ if TYPE_CHECKING:
     from megatron_tikmix.config.run import RunConfig
 
 
+UNSUPPORTED: dict[str, tuple[Callable[["RunConfig"], bool], str]] = {
+    "model.context_parallel_size": (
+        lambda c: c.model.context_parallel_size > 1,
+        "samples are not cut over ranks yet, so each would see the whole of them",
+    ),
+    "model.expert_model_parallel_size": (
+        lambda c: c.model.expert_model_parallel_size > 1,
+        "experts are reduced over groups of their own, which influence is not summed over",
+    ),
+    "model.num_moe_experts": (
+        lambda c: c.model.num_moe_experts is not None,
+        "a router's auxiliary loss is no part of a domain's loss, and its gradient would be",
+    ),
+    "model.mtp_num_layers": (
+        lambda c: bool(c.model.mtp_num_layers),
+        "the losses of multi-token prediction would be added to that which influence is about",
+    ),
+    "model.multi_latent_attention": (
+        lambda c: c.model.multi_latent_attention,
+        "no layer with it is built",
+    ),
+    "model.fp16": (
+        lambda c: c.model.fp16,
+        "its loss scale would scale the gradients of a probe too; use model.bf16",
+    ),
+    "model.fp8": (
+        lambda c: bool(c.model.fp8),
+        "its scaling factors are those of training, and a probe's passes would change them",
+    ),
+    "model.fp4": (
+        lambda c: bool(getattr(c.model, "fp4", None)),
+        "its scaling factors are those of training, and a probe's passes would change them",
+    ),
+    "model.cross_entropy_loss_fusion": (
+        lambda c: c.model.cross_entropy_loss_fusion,
+        "it casts gradients to bf16, also in fp32: losses would change without a word",
+    ),
+    "ddp.use_megatron_fsdp": (
+        lambda c: c.ddp.use_megatron_fsdp,
+        "a probe reads gradients in megatron-core's gradient buffers, which FSDP does not have",
+    ),
+    "ddp.num_distributed_optimizer_instances": (
+        lambda c: c.ddp.num_distributed_optimizer_instances > 1,
+        "each instance holds all slices, so a gradient would be counted once an instance",
+    ),
+    "ddp.average_in_collective": (
+        lambda c: c.ddp.average_in_collective,
+        "gradients are sums over tokens here, and averaging divides them by the ranks",
+    ),
+    "optimizer.optimizer": (
+        lambda c: c.optimizer.optimizer != "adam",
+        "influence is preconditioned by Adam's second moment; use adam",
+    ),
+    "optimizer.optimizer_cpu_offload": (
+        lambda c: c.optimizer.optimizer_cpu_offload,
+        "the second moment is then not where a probe reads it",
+    ),
+    "optimizer.use_precision_aware_optimizer": (
+        lambda c: c.optimizer.use_precision_aware_optimizer,
+        "the second moment is then scaled, and held by an optimizer that a probe cannot read",
+    ),
+}
+"""What megatron-core has and cannot be used here yet, by field: whether it is used, and why not."""
+
+
 def check_supported(config: "RunConfig") -> None:
     """What megatron-core has and we cannot use yet."""
-    model, optimizer = config.model, config.optimizer
-    unsupported = {
-        "model.context_parallel_size": model.context_parallel_size > 1,
-        "model.expert_model_parallel_size": model.expert_model_parallel_size > 1,
-        "model.num_moe_experts": model.num_moe_experts is not None,
-        "model.mtp_num_layers": bool(model.mtp_num_layers),
-        "model.fp16": model.fp16,
-        "model.fp8": bool(model.fp8),
-        "ddp.use_megatron_fsdp": config.ddp.use_megatron_fsdp,
-        "ddp.num_distributed_optimizer_instances": (
-            config.ddp.num_distributed_optimizer_instances > 1
-        ),
-        f"optimizer.optimizer {optimizer.optimizer}": optimizer.optimizer != "adam",
-        "model.multi_latent_attention": model.multi_latent_attention,
-        # It casts gradients to bf16, also in fp32: the loss would change without a word.
-        "model.cross_entropy_loss_fusion": model.cross_entropy_loss_fusion,
-        "ddp.average_in_collective": config.ddp.average_in_collective,
-        "optimizer.optimizer_cpu_offload": optimizer.optimizer_cpu_offload,
-        "optimizer.use_precision_aware_optimizer": optimizer.use_precision_aware_optimizer,
-    }
-    for name, used in unsupported.items():
-        require(not used, name, "is not supported yet; leave it at its default")
+    for name, (used, reason) in UNSUPPORTED.items():
+        require(not used(config), name, f"is not supported yet: {reason}; leave it at its default")
+    model = config.model
     # Transformer Engine's causal attention, fused kernels and windows pay no heed to a mask.
     local = model.transformer_impl == "local" or (
         model.transformer_impl == "auto" and not torch.cuda.is_available()

@@ -1,5 +1,6 @@
 """The configuration: overrides, round trip, help, and derived fields."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 import yaml
 
 from megatron_tikmix.config import load_config
+from megatron_tikmix.config.checks import UNSUPPORTED
 from megatron_tikmix.errors import InputError
 
 
@@ -80,6 +82,40 @@ def test_refusals(path: str, arguments: list[str], words: str) -> None:
     with pytest.raises(InputError, match=r"(?s)" + words.replace("?", r"\?")) as caught:
         load_config([path, *arguments])
     assert "\n" not in str(caught.value)
+
+
+USED = {
+    "model.context_parallel_size": 2,
+    "model.expert_model_parallel_size": 2,
+    "model.num_moe_experts": 4,
+    "model.mtp_num_layers": 1,
+    "model.multi_latent_attention": True,
+    "model.fp16": True,
+    "model.fp8": "hybrid",
+    "model.fp4": "nvfp4",
+    "model.cross_entropy_loss_fusion": True,
+    "ddp.use_megatron_fsdp": True,
+    "ddp.num_distributed_optimizer_instances": 2,
+    "ddp.average_in_collective": True,
+    "optimizer.optimizer": "sgd",
+    "optimizer.optimizer_cpu_offload": True,
+    "optimizer.use_precision_aware_optimizer": True,
+}
+
+
+def test_what_cannot_be_used_yet_is_refused_by_name_with_the_reason(path: str) -> None:
+    config, _ = load_config([path])
+    config.check(1)
+    assert set(USED) == set(UNSUPPORTED)
+    for name, value in USED.items():
+        section, field = name.split(".")
+        if not hasattr(getattr(config, section), field):
+            continue  # of a newer megatron-core
+        used = copy.deepcopy(config)
+        setattr(getattr(used, section), field, value)
+        reason = UNSUPPORTED[name][1]
+        with pytest.raises(InputError, match=rf"{name} is not supported yet: {reason}"):
+            used.check(1)
 
 
 def test_missing_and_broken_files_are_named(tmp_path: Path) -> None:
