@@ -8,6 +8,7 @@ import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_tikmix.config.requirement import require
+from megatron_tikmix.parallel.megatron_faults import settle_pipeline
 
 
 @dataclass(kw_only=True)
@@ -56,10 +57,5 @@ class GPTConfig(TransformerConfig):
         require(0 < self.rotary_percent <= 1, "model.rotary_percent", "must be from 0 to 1")
         require(self.rotary_base > 0, "model.rotary_base", "must be positive")
         self.params_dtype = self.pipeline_dtype = torch.bfloat16 if self.bf16 else torch.float32
-        # With overlap_p2p_comm an output would be freed before its send is waited for.
-        self.deallocate_pipeline_outputs = False
-        if self.virtual_pipeline_model_parallel_size:
-            # Interleaved without overlap, two stages mix up their messages: the losses are wrong,
-            # and nothing says so. Overlapping is also what Megatron does unless told otherwise.
-            self.overlap_p2p_comm, self.batch_p2p_comm = True, False
+        settle_pipeline(self)
         super().__post_init__()

@@ -24,6 +24,7 @@ from megatron_tikmix.parallel.collectives import (
     gather_objects,
 )
 from megatron_tikmix.parallel.initialize import Parallel
+from megatron_tikmix.parallel.megatron_faults import mend_buckets, mend_torch_adam, unshare_steps
 from megatron_tikmix.training.checkpoint_files import (
     RECORD,
     CheckpointFolder,
@@ -35,11 +36,6 @@ from megatron_tikmix.training.checkpoint_files import (
 )
 from megatron_tikmix.training.checkpoint_writer import save_shards
 from megatron_tikmix.training.evaluate import gathered_parameters
-from megatron_tikmix.training.optimizer_state import (
-    mend_buckets,
-    mend_torch_adam,
-    unshare_steps,
-)
 from megatron_tikmix.training.rng import rng_state, set_rng_state
 from megatron_tikmix.training.state import TrainState
 

@@ -1,13 +1,13 @@
 """What megatron-core's distributed optimizer holds, shard by shard: read, and put back.
 
-Together with ``parallel/cpu.py`` the only file that touches private names of megatron-core;
-``tests/unit/training/test_optimizer_state.py`` holds the installed version to them.
+With ``parallel/cpu.py`` and ``parallel/megatron_faults.py`` the only file that touches private
+names of megatron-core; ``tests/unit/parallel/test_megatron_contract.py`` holds the installed
+version to them.
 """
 
 import copy
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from types import MethodType
 from typing import Any
 
 import torch
@@ -20,7 +20,6 @@ from megatron.core.transformer.module import param_is_not_shared
 
 from megatron_tikmix.training.parameter_names import global_names
 
-_TORCH_ADAM = (torch.optim.Adam, torch.optim.AdamW)
 _VOCABULARY = ("word_embeddings.weight", "output_layer.weight")
 
 
@@ -294,69 +293,3 @@ def _second_moment(shard: _Shard) -> torch.Tensor:
         raise RuntimeError("the optimizer has no second moment before its first step")
     moment: torch.Tensor = state["exp_avg_sq"] / (1.0 - _group(shard)["betas"][1] ** step)
     return moment
-
-
-def mend_torch_adam(optimizer: MegatronOptimizer) -> None:
-    """Make checkpoints of the distributed optimizer work over plain torch Adam.
-
-    Without Apex and Transformer Engine megatron-core falls back on torch's AdamW, whose state
-    holds a `step` for each parameter. megatron-core 0.16 to 0.19 then fails to load into a
-    fresh optimizer (there is no state yet), misses the key `step`, and shares one step tensor
-    between all parameters, so that it would advance once per parameter after a resume. Call
-    this before loading; :func:`unshare_steps` after.
-    """
-    for part in distributed_optimizers(optimizer):
-        if not isinstance(part.optimizer, _TORCH_ADAM):
-            continue
-        if not part.optimizer.state:
-            part._init_optimizer_states_with_dummy_values()
-        part._set_main_param_and_optimizer_states = MethodType(_set_states, part)
-
-
-def _set_states(
-    self: DistributedOptimizer, parameter: torch.nn.Parameter, tensors: dict[str, torch.Tensor]
-) -> None:
-    step = self._get_main_param_and_optimizer_states(parameter)["step"]
-    DistributedOptimizer._set_main_param_and_optimizer_states(
-        self, parameter, {"step": step, **tensors}
-    )
-
-
-def unshare_steps(optimizer: MegatronOptimizer) -> None:
-    """Give each parameter its own step count again (see :func:`mend_torch_adam`)."""
-    for part in distributed_optimizers(optimizer):
-        if isinstance(part.optimizer, _TORCH_ADAM):
-            for state in part.optimizer.state.values():
-                state["step"] = state["step"].clone()
-
-
-def mend_buckets(optimizer: MegatronOptimizer) -> None:
-    """Make checkpoints of the distributed optimizer right when a buffer has several buckets.
-
-    `fully_reshardable` cuts each parameter's state out of one tensor a buffer. megatron-core 0.16
-    makes that tensor without the padding between buckets, and cuts it at places that count the
-    padding: all parameters behind the first padded bucket are saved shifted, without a word, and
-    a resumed run goes on with wrong weights. Buckets are several with `ddp.overlap_grad_reduce`,
-    with tied embeddings on pipeline stages, and with interleaved stages. Call this before saving.
-    """
-    for part in distributed_optimizers(optimizer):
-        part.get_parameter_state_dp_zero = MethodType(_state_with_padding, part)
-
-
-def _state_with_padding(self: DistributedOptimizer, **options: Any) -> Any:
-    state = DistributedOptimizer.get_parameter_state_dp_zero(self, **options)
-    for index, buffer in enumerate(self.buffers if state else ()):
-        for tensors in state[index].values():
-            for key in ("param", "exp_avg", "exp_avg_sq"):
-                if key in tensors and len(tensors[key]) == buffer.numel_unpadded:
-                    tensors[key] = _padded(tensors[key], buffer)
-    return state
-
-
-def _padded(packed: torch.Tensor, buffer: Any) -> torch.Tensor:
-    """One value for each place of the buffer, from those of all buckets without padding."""
-    whole = packed.new_zeros(buffer.numel)
-    parts = packed.split([bucket.numel_unpadded for bucket in buffer.buckets])
-    for bucket, part in zip(buffer.buckets, parts, strict=True):
-        whole[bucket.offset : bucket.offset + len(part)] = part
-    return whole

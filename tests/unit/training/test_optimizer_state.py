@@ -1,15 +1,12 @@
-"""The contract on the installed megatron-core that optimizer_state.py relies on."""
+"""What is read of megatron-core's distributed optimizer, on one rank."""
 
 import pytest
 import torch
-from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from megatron_tikmix.training.loop import Run
 from megatron_tikmix.training.optimizer_state import (
     OptimizerShards,
     distributed_optimizers,
-    mend_torch_adam,
-    unshare_steps,
 )
 
 
@@ -39,30 +36,7 @@ def test_second_moment_before_the_first_step_is_refused(trained: Run) -> None:
         shards(trained).second_moment()
 
 
-@pytest.mark.parametrize("trained", ["adam"], indirect=True)
-def test_steps_are_each_parameters_own_after_loading(trained: Run) -> None:
-    """megatron-core's load shares one step tensor, which would advance once per parameter."""
-    (part,) = distributed_optimizers(trained.optimizer)
-    mend_torch_adam(trained.optimizer)
-    part.load_state_dict(part.state_dict())
-    steps = [state["step"] for state in part.optimizer.state.values()]
-    assert len({step.data_ptr() for step in steps}) == 1, "mended upstream: drop unshare_steps"
-    unshare_steps(trained.optimizer)
-    steps = [state["step"] for state in part.optimizer.state.values()]
-    assert len({step.data_ptr() for step in steps}) == len(steps) > 1
-    assert {int(step) for step in steps} == {trained.state.iteration}
-
-
 def test_optimizers_without_shards_are_refused_by_name() -> None:
     plain = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))])
     with pytest.raises(TypeError, match="SGD has no sharded second moment"):
         distributed_optimizers(plain)
-
-
-def test_the_private_names_are_there() -> None:
-    for name in (
-        "_get_main_param_and_optimizer_states",
-        "_set_main_param_and_optimizer_states",
-        "_init_optimizer_states_with_dummy_values",
-    ):
-        assert callable(getattr(DistributedOptimizer, name)), name

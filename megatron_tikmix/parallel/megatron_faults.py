@@ -1,0 +1,110 @@
+"""Faults of megatron-core, and what is done about each: in one place, to be dropped once mended.
+
+=============================================  ====================================  ==========
+fault                                          here                                  seen in
+=============================================  ====================================  ==========
+torch's Adam under the distributed optimizer:  :func:`mend_torch_adam`,              0.16 - 0.19
+not loaded into a fresh one, `step` missing,   :func:`unshare_steps`
+and one `step` shared by all parameters
+state of several buckets is saved shifted      :func:`mend_buckets`                  0.16 - 0.19
+an output is freed before its send is done     :func:`settle_pipeline`               0.16
+interleaved stages mix up their messages       :func:`settle_pipeline`               0.16
+the fused cross entropy casts to bf16          refused, ``config/checks.py``         0.16 - 0.19
+=============================================  ====================================  ==========
+
+``tests/unit/parallel/test_megatron_faults.py`` and ``tests/distributed/test_pipeline_faults.py``
+show each of them, and fail when it is gone.
+"""
+
+from types import MethodType
+from typing import Any
+
+import torch
+from megatron.core.model_parallel_config import ModelParallelConfig
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+_TORCH_ADAM = (torch.optim.Adam, torch.optim.AdamW)
+
+
+def settle_pipeline(config: ModelParallelConfig) -> None:
+    """Have pipeline stages exchange what they mean to; before `config.__post_init__`.
+
+    With `overlap_p2p_comm` an output is freed before its send is waited for. Interleaved without
+    overlap, two stages mix up their messages: losses are wrong, and nothing says so. Overlapping
+    is also what Megatron does unless told otherwise.
+    """
+    config.deallocate_pipeline_outputs = False
+    if config.virtual_pipeline_model_parallel_size:
+        config.overlap_p2p_comm, config.batch_p2p_comm = True, False
+
+
+def mend_torch_adam(optimizer: MegatronOptimizer) -> None:
+    """Make checkpoints of the distributed optimizer work over plain torch Adam.
+
+    Without Apex and Transformer Engine megatron-core falls back on torch's AdamW, whose state
+    holds a `step` for each parameter. megatron-core 0.16 to 0.19 then fails to load into a
+    fresh optimizer (there is no state yet), misses the key `step`, and shares one step tensor
+    between all parameters, so that it would advance once per parameter after a resume. Call
+    this before loading; :func:`unshare_steps` after.
+    """
+    for part in _parts(optimizer):
+        if not isinstance(part.optimizer, _TORCH_ADAM):
+            continue
+        if not part.optimizer.state:
+            part._init_optimizer_states_with_dummy_values()
+        part._set_main_param_and_optimizer_states = MethodType(_set_states, part)
+
+
+def _set_states(
+    self: DistributedOptimizer, parameter: torch.nn.Parameter, tensors: dict[str, torch.Tensor]
+) -> None:
+    step = self._get_main_param_and_optimizer_states(parameter)["step"]
+    DistributedOptimizer._set_main_param_and_optimizer_states(
+        self, parameter, {"step": step, **tensors}
+    )
+
+
+def unshare_steps(optimizer: MegatronOptimizer) -> None:
+    """Give each parameter its own step count again (see :func:`mend_torch_adam`)."""
+    for part in _parts(optimizer):
+        if isinstance(part.optimizer, _TORCH_ADAM):
+            for state in part.optimizer.state.values():
+                state["step"] = state["step"].clone()
+
+
+def mend_buckets(optimizer: MegatronOptimizer) -> None:
+    """Make checkpoints of the distributed optimizer right when a buffer has several buckets.
+
+    `fully_reshardable` cuts each parameter's state out of one tensor a buffer. megatron-core 0.16
+    makes that tensor without the padding between buckets, and cuts it at places that count the
+    padding: all parameters behind the first padded bucket are saved shifted, without a word, and
+    a resumed run goes on with wrong weights. Buckets are several with `ddp.overlap_grad_reduce`,
+    with tied embeddings on pipeline stages, and with interleaved stages. Call this before saving.
+    """
+    for part in _parts(optimizer):
+        part.get_parameter_state_dp_zero = MethodType(_state_with_padding, part)
+
+
+def _state_with_padding(self: DistributedOptimizer, **options: Any) -> Any:
+    state = DistributedOptimizer.get_parameter_state_dp_zero(self, **options)
+    for index, buffer in enumerate(self.buffers if state else ()):
+        for tensors in state[index].values():
+            for key in ("param", "exp_avg", "exp_avg_sq"):
+                if key in tensors and len(tensors[key]) == buffer.numel_unpadded:
+                    tensors[key] = _padded(tensors[key], buffer)
+    return state
+
+
+def _padded(packed: torch.Tensor, buffer: Any) -> torch.Tensor:
+    """One value for each place of the buffer, from those of all buckets without padding."""
+    whole = packed.new_zeros(buffer.numel)
+    parts = packed.split([bucket.numel_unpadded for bucket in buffer.buckets])
+    for bucket, part in zip(buffer.buckets, parts, strict=True):
+        whole[bucket.offset : bucket.offset + len(part)] = part
+    return whole
+
+
+def _parts(optimizer: MegatronOptimizer) -> list[DistributedOptimizer]:
+    parts = getattr(optimizer, "chained_optimizers", [optimizer])
+    return [part for part in parts if not part.is_stub_optimizer]
