@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from html import escape
+from math import ceil, floor
 from typing import Any
 
 _INK, _BAR, _OURS, _LINE = "#222", "#9db4c8", "#d97b29", "#bbb"
@@ -49,7 +50,9 @@ def losses(curves: Mapping[str, Sequence[tuple[float, float]]]) -> str:
     height, bottom, top = 420, 380, 30
     points = [point for curve in curves.values() for point in curve[1:]]
     x_high = max(tokens for tokens, _ in points)
-    y_low, y_high = min(y for _, y in points), max(y for _, y in points)
+    lowest, highest = min(y for _, y in points), max(y for _, y in points)
+    step = next(step for step in (0.05, 0.1, 0.2, 0.5, 1.0, 2.0) if highest - lowest <= 8 * step)
+    y_low, y_high = step * floor(lowest / step), step * ceil(highest / step)
 
     def place(tokens: float, loss: float) -> str:
         x = 60 + tokens / x_high * (_WIDTH - 230)
@@ -57,19 +60,18 @@ def losses(curves: Mapping[str, Sequence[tuple[float, float]]]) -> str:
 
     colours = ["#777", "#4878a8", "#6a9a58", "#d97b29", "#a0519c", "#b9a43c"]
     parts = [_text(60, 18, "mean loss of the tasks, nats per token, over training tokens", "start")]
-    for k in range(6):
-        loss = y_low + k / 5 * (y_high - y_low)
+    for k in range(round((y_high - y_low) / step) + 1):
+        loss = y_low + k * step
         y = float(place(0, loss).split(",")[1])
         parts += [_line(60, y, _WIDTH - 170, y, _LINE), _text(54, y + 4, f"{loss:.2f}", "end")]
-    ends: list[float] = []
-    for (name, curve), colour in zip(curves.items(), colours * 4, strict=False):
+    label_y = bottom + 14.0
+    coloured = zip(curves.items(), colours * 4, strict=False)
+    for (name, curve), colour in sorted(coloured, key=lambda item: item[0][1][-1][1]):
         line = " ".join(place(*point) for point in curve[1:])
         parts.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="2"/>')
-        y = float(place(*curve[-1]).split(",")[1])
-        while any(abs(y - other) < 14 for other in ends):
-            y -= 14
-        ends.append(y)
-        parts.append(_text(_WIDTH - 164, y + 4, name, "start", colour))
+        # From the lowest end upwards, each above the one before.
+        label_y = min(float(place(*curve[-1]).split(",")[1]), label_y - 14)
+        parts.append(_text(_WIDTH - 164, label_y + 4, name, "start", colour))
     parts.append(_text(_WIDTH - 170, bottom + 24, f"{x_high / 1e6:.2g} M tokens", "end"))
     return _picture(height, parts)
 
