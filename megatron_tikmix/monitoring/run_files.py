@@ -26,10 +26,12 @@ Row = dict[str, Any]
 
 
 def append_jsonl(path: str | Path, row: Mapping[str, Any]) -> None:
-    """Append `row` as one line of JSON, and flush it. Numbers that are not finite become null."""
+    """Append `row` as one line of JSON, onto the disk. Numbers that are not finite become null."""
     with open(path, "a+b") as file:
         _mend_torn_tail(file)
         file.write(json_line(row).encode("ascii"))
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def json_line(row: Mapping[str, Any]) -> str:

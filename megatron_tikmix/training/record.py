@@ -1,6 +1,5 @@
 """What a run writes down: files, TensorBoard and terminal, all by the main rank."""
 
-import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,6 +20,7 @@ from megatron_tikmix.monitoring.run_files import (
 from megatron_tikmix.monitoring.tensorboard import TensorBoardWriter
 from megatron_tikmix.monitoring.terminal import Terminal
 from megatron_tikmix.parallel.initialize import Parallel
+from megatron_tikmix.training.checkpoint_files import write_whole
 from megatron_tikmix.training.starts import start_row
 from megatron_tikmix.training.state import TrainState
 
@@ -66,7 +66,7 @@ class Recorder:
         """
         if not self._main:
             return
-        _replace(self._folder / "config.yaml", self._resolved)
+        write_whole(self._folder / "config.yaml", self._resolved)
         dropped = self._reconcile(state)
         start = start_row(self._config, self._parallel, state.iteration)
         append_jsonl(self._folder / "starts.jsonl", start)
@@ -160,15 +160,11 @@ class Recorder:
     def _reconcile(self, state: TrainState) -> int:
         """Bring the files back to the checkpoint; the number of rows that were beyond it."""
         metrics, ledger = self._folder / "metrics.jsonl", self._folder / "mixture.jsonl"
-        rows = read_jsonl(metrics)
+        rows, stages = read_jsonl(metrics), read_jsonl(ledger)
         kept = [row for row in rows if row["iteration"] <= state.iteration]
-        beyond = len(rows) - len(kept) + max(0, len(read_jsonl(ledger)) - len(state.ledger))
+        beyond = len(rows) - len(kept) + max(0, len(stages) - len(state.ledger))
         for path, content in ((metrics, kept), (ledger, state.ledger)):
-            _replace(path, "".join(json_line(row) for row in content))
+            text = "".join(json_line(row) for row in content)
+            if not path.exists() or path.read_text(encoding="utf-8") != text:
+                write_whole(path, text)
         return beyond
-
-
-def _replace(path: Path, text: str) -> None:
-    unfinished = path.with_name(f"{path.name}.tmp")
-    unfinished.write_text(text, encoding="utf-8")
-    os.replace(unfinished, path)
