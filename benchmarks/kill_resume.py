@@ -4,10 +4,10 @@
 
 Each attempt is two processes, forked from one that has imported everything, on one run directory;
 SIGKILL strikes both, or one of them, and what a launcher does to the other follows: SIGTERM, and
-SIGKILL soon after. Half of the moments are drawn over two thirds of the duration of a whole run, half are a
-phase (start, step, measure, decide, ledger, save) and a few milliseconds into it. Runs follow each
-other until there were enough kills; each is started again until it ends, and must then have the
-parameters, optimizer state, ledger, metrics and samples, each consumed exactly once, of the run
+SIGKILL soon after. Half of the moments are drawn over two thirds of a whole run's duration, half
+are a phase (start, step, measure, decide, ledger, save) and a few milliseconds into it. Runs follow
+each other until there were enough kills; each is started again until it ends, and must then have
+the parameters, optimizer state, ledger, metrics and samples, each consumed exactly once, of the run
 that was never killed, bit for bit.
 """
 

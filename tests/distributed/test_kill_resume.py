@@ -5,14 +5,11 @@ ledger, metrics, or in which samples were consumed.
 """
 
 import json
-import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
-from tests.conftest import ROOT, launch, overridden, read_rows, without_timings
+from tests.conftest import ROOT
 
 
 def test_kills_at_random_moments_change_nothing(tmp_path: Path) -> None:

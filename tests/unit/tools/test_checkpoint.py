@@ -1,0 +1,84 @@
+"""tools/checkpoint.py, over checkpoints whose record is written here by hand."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron_tikmix.mixing import Mixture, MixtureSchedule
+from megatron_tikmix.training.checkpoint_files import RECORD, CheckpointFolder, measured
+from tests.unit.training.test_checkpoint_files import flip_a_bit
+from tools.checkpoint import main
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    """Checkpoints after 8 and 16 samples; the mixture changed at 8, the second is the latest."""
+    schedule = MixtureSchedule(["web", "code"], 8, seed=3)
+    ledger = []
+    for stage, web in enumerate((0.5, 0.25)):
+        schedule.append(8 * stage, Mixture({"web": web, "code": 1 - web}))
+        ledger.append({"stage": stage, "start_iteration": stage, "source": "solved"})
+        consumed = 8 * (stage + 1)
+        record = {
+            "iteration": stage + 1,
+            "consumed_samples": consumed,
+            "skipped_iterations": 0,
+            "layout": [2, 1, 4, 1],
+            "fingerprint": {"seed": 3},
+            "schedule": schedule.to_json(),
+            "domain_samples": schedule.domain_counts(consumed).tolist(),
+            "ledger": ledger,
+        }
+        files = CheckpointFolder(tmp_path / "run" / "checkpoints")
+        path = files.begin(stage + 1)
+        (path / RECORD).write_text(json.dumps(record))
+        (path / "__0_0.distcp").write_bytes(b"tensors" * 100)
+        files.complete(path, stage + 1, measured(path, [RECORD, "__0_0.distcp"]))
+    return tmp_path / "run"
+
+
+def test_list(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["list", str(run_dir), "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["latest"] == 2
+    rows = [(row["iteration"], row["consumed_samples"]) for row in answer["checkpoints"]]
+    assert rows == [(1, 8), (2, 16)]
+    assert main(["list", str(run_dir)]) == 0
+    assert "2 × 1 × 4" in capsys.readouterr().out
+
+
+def test_verify_names_what_is_damaged(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", str(run_dir)]) == 0
+    assert capsys.readouterr().out.count(": whole") == 2
+    shard = run_dir / "checkpoints" / "iter_0000001" / "__0_0.distcp"
+    flip_a_bit(shard)
+    assert main(["verify", str(run_dir)]) == 1
+    out = capsys.readouterr().out
+    assert f"{shard} does not have the checksum that it was written with" in out
+    assert main(["verify", str(shard.parent), "--json"]) == 1
+    assert not json.loads(capsys.readouterr().out)["whole"]
+    assert main(["verify", str(run_dir / "checkpoints" / "iter_0000002")]) == 0
+
+
+def test_show(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = run_dir / "checkpoints" / "iter_0000002"
+    assert main(["show", str(path), "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert [stage["weights"] for stage in answer["stages"]] == [
+        {"web": 0.5, "code": 0.5},
+        {"web": 0.25, "code": 0.75},
+    ]
+    assert answer["domain_samples"] == {"web": 4 + 2, "code": 4 + 6}
+    assert main(["show", str(path)]) == 0
+    out = capsys.readouterr().out
+    assert "0.7500" in out
+    assert "seed: 3" in out
+
+
+@pytest.mark.parametrize("command", ["list", "verify", "show"])
+def test_what_is_no_checkpoint(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([command, str(tmp_path)]) == 2
+    assert "error: " in capsys.readouterr().err

@@ -1,0 +1,200 @@
+"""Look at checkpoints, without a job and without torch.
+
+  checkpoint.py list RUN_DIR          those of a run, the newest last, and which one is resumed
+  checkpoint.py verify RUN_DIR        sizes and checksums of every file of every checkpoint
+  checkpoint.py verify CHECKPOINT     the same of one: RUN_DIR/checkpoints/iter_0000080
+  checkpoint.py show CHECKPOINT       its layout, its stages and what decided them, its fingerprint
+
+--json prints the same as one JSON object. The exit code is 1 if `verify` finds damage, 2 for a
+path that is neither a run nor a checkpoint.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from megatron_tikmix.errors import InputError
+from megatron_tikmix.mixing import MixtureSchedule
+from megatron_tikmix.monitoring.formatting import clean
+from megatron_tikmix.monitoring.run_files import json_line
+from megatron_tikmix.training.checkpoint_files import (
+    RECORD,
+    CheckpointFolder,
+    damage,
+    read_manifest,
+    read_record,
+)
+
+PIPED_WIDTH = 160
+"""Columns of a table that is not for a terminal."""
+
+Answer = dict[str, Any]
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    places = {"list": "RUN_DIR", "verify": "RUN_DIR|CHECKPOINT", "show": "CHECKPOINT"}
+    for name, place in places.items():
+        command = commands.add_parser(name)
+        command.add_argument("path", type=Path, metavar=place)
+        command.add_argument("--json", action="store_true", help="one JSON object")
+    return parser
+
+
+def list_run(run_dir: Path) -> Answer:
+    """Every complete checkpoint of a run, and the iteration that a start would go on from.
+
+    Raises:
+        InputError: not a run with checkpoints.
+    """
+    files = checkpoints_of(run_dir)
+    rows = []
+    for iteration in files.iterations():
+        path = files.path(iteration)
+        record, manifest = read_record(path), read_manifest(path)
+        rows.append(
+            {
+                "iteration": iteration,
+                "path": str(path),
+                "consumed_samples": record["consumed_samples"],
+                "stages": len(record["schedule"]["stages"]),
+                "layout": record["layout"],
+                "bytes": sum(file.stat().st_size for file in path.iterdir()),
+                "files": None if manifest is None else len(manifest),
+            }
+        )
+    order = files.newest_first()
+    return {"run_dir": str(run_dir), "latest": order[0] if order else None, "checkpoints": rows}
+
+
+def verify(path: Path) -> Answer:
+    """What is wrong with each checkpoint; None for those that are whole.
+
+    Raises:
+        InputError: neither a run with checkpoints nor a checkpoint.
+    """
+    if (path / RECORD).exists():
+        paths = [path]
+    else:
+        files = checkpoints_of(path)
+        paths = [files.path(iteration) for iteration in files.iterations()]
+    rows = [
+        {"path": str(one), "damage": damage(one), "checksums": (one / "manifest.json").exists()}
+        for one in paths
+    ]
+    return {"whole": all(row["damage"] is None for row in rows), "checkpoints": rows}
+
+
+def show(path: Path) -> Answer:
+    """A checkpoint's record: where the run was, its schedule by stage, its fingerprint.
+
+    Raises:
+        InputError: not a checkpoint, or a damaged record.
+    """
+    record = read_record(path)
+    schedule = MixtureSchedule.from_json(
+        record["schedule"], record["consumed_samples"], record.get("domain_samples")
+    )
+    stages = [
+        {
+            "stage": stage.index,
+            "start_sample": stage.start_sample,
+            "start_iteration": row.get("start_iteration"),
+            "source": row.get("source"),
+            "reason": row.get("reason"),
+            "weights": schedule.mixture(stage.index).to_json(),
+        }
+        for stage, row in zip(schedule.stages, record["ledger"], strict=True)
+    ]
+    same = ("iteration", "consumed_samples", "skipped_iterations", "layout", "fingerprint")
+    counts = dict(zip(schedule.domains, record.get("domain_samples") or [], strict=False))
+    return {
+        "path": str(path),
+        **{name: record[name] for name in same},
+        "domain_samples": counts,
+        "schedule_digest": schedule.digest(),
+        "stages": stages,
+    }
+
+
+def checkpoints_of(run_dir: Path) -> CheckpointFolder:
+    """Those of a run directory, or in a folder of checkpoints itself.
+
+    Raises:
+        InputError: there is no such folder.
+    """
+    inner = run_dir / "checkpoints"
+    folder = inner if inner.is_dir() else run_dir
+    if not folder.is_dir() or (folder is run_dir and not CheckpointFolder(folder).iterations()):
+        raise InputError(
+            f"{run_dir} has no checkpoints; give a run's directory, or one of its "
+            f"checkpoints/iter_* folders"
+        )
+    return CheckpointFolder(folder)
+
+
+def print_list(answer: Answer, console: Console) -> None:
+    table = Table("iteration", "samples", "stages", "tp × pp × dp", "MB", "")
+    for row in answer["checkpoints"]:
+        notes = ["latest"] if row["iteration"] == answer["latest"] else []
+        notes += ["without checksums"] if row["files"] is None else []
+        layout = " × ".join(map(str, row["layout"][:3]))
+        size, samples = f"{row['bytes'] / 1e6:,.1f}", f"{row['consumed_samples']:,}"
+        cells = (str(row["iteration"]), samples, str(row["stages"]), layout, size)
+        table.add_row(*cells, ", ".join(notes))
+    console.print(table)
+
+
+def print_verify(answer: Answer, console: Console) -> None:
+    for row in answer["checkpoints"]:
+        whole = "whole" if row["checksums"] else "its record can be read; it has no checksums"
+        console.print(f"{row['path']}: {row['damage'] or whole}", markup=False, soft_wrap=True)
+
+
+def print_show(answer: Answer, console: Console) -> None:
+    def say(text: str) -> None:
+        console.print(text, markup=False, highlight=False)
+
+    layout = " × ".join(map(str, answer["layout"][:3]))
+    say(f"{answer['path']}: iteration {answer['iteration']}, tp × pp × dp {layout}")
+    say(f"{answer['consumed_samples']:,} samples; {answer['skipped_iterations']} updates skipped")
+    domains = list(answer["stages"][-1]["weights"]) if answer["stages"] else []
+    table = Table("stage", "from iteration", "source", *map(clean, domains))
+    for row in answer["stages"]:
+        weights = [f"{row['weights'][name]:.4f}" for name in domains]
+        table.add_row(str(row["stage"]), str(row["start_iteration"]), row["source"], *weights)
+    if answer["domain_samples"]:
+        drawn = [f"{answer['domain_samples'][name]:,}" for name in domains]
+        table.add_row("samples drawn", "", "", *drawn)
+    console.print(table)
+    for field, value in answer["fingerprint"].items():
+        say(f"  {field}: {value}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = build_parser().parse_args(argv)
+    console = Console(width=None if sys.stdout.isatty() else PIPED_WIDTH)
+    answers = {"list": list_run, "verify": verify, "show": show}
+    prints = {"list": print_list, "verify": print_verify, "show": print_show}
+    try:
+        answer = answers[arguments.command](arguments.path)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if arguments.json:
+        sys.stdout.write(json_line(answer))
+    else:
+        prints[arguments.command](answer, console)
+    return 0 if answer.get("whole", True) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
