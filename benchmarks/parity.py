@@ -5,6 +5,8 @@ on made-up text. Each part prints a table:
 
   layouts     one rank against tensor, sequence, pipeline, interleaved pipeline and data parallel
               layouts of up to 8 ranks, both modes of the probe, and other micro-batch sizes
+  memory      bytes of the validation gradients that a probe keeps on a rank, against the plan's
+  precision   influence in bf16 against fp32
 
 All that is measured is kept under --work as soon as it is there: a benchmark that was stopped goes
 on where it was; --fresh measures anew. Without a GPU all ranks share the cores, and the layouts of
@@ -24,13 +26,13 @@ import megatron_tikmix  # noqa: E402, F401  (first: it lets megatron-core do wit
 
 # isort: split
 from influence_parts.trained import write_json  # noqa: E402
-from parity_parts import layouts  # noqa: E402
+from parity_parts import layouts, memory, precision  # noqa: E402
 from parity_parts.start import Settings, prepare  # noqa: E402
 from rich.console import Console  # noqa: E402
 
 from megatron_tikmix.errors import InputError  # noqa: E402
 
-PARTS: dict[str, Any] = {"layouts": layouts}
+PARTS: dict[str, Any] = {"layouts": layouts, "memory": memory, "precision": precision}
 
 
 def build_parser() -> argparse.ArgumentParser:

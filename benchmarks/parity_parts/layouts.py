@@ -100,7 +100,7 @@ def compared(found: dict[str, Any], reference: dict[str, Any]) -> Figures:
     """How far one layout is from the reference, in the measures of `TARGETS`."""
     influence = [
         _influence_error(ours, theirs)
-        for ours, theirs in zip(_banked(found), _banked(reference), strict=True)
+        for ours, theirs in zip(banks(found), banks(reference), strict=True)
     ]
     if len(influence) != len(BOUNDARIES):
         raise InputError(f"{len(influence)} boundaries were probed, not {len(BOUNDARIES)}")
@@ -134,7 +134,7 @@ def _after_start(rows_of_run: list[dict]) -> list[dict]:
     return [row for row in rows_of_run if row["iteration"] > START]
 
 
-def _banked(found: dict[str, Any]) -> list[dict[str, Any]]:
+def banks(found: dict[str, Any]) -> list[dict[str, Any]]:
     return [stage["bank"] for stage in found["stages"] if stage["bank"]]
 
 

@@ -70,6 +70,19 @@ def prepare(settings: Settings) -> None:
         launch(settings, "start", 1, {"train.train_iters": START}, copied=False)
 
 
+def new_run(settings: Settings, name: str, fields: dict[str, Any], *, copied: bool = True) -> Path:
+    """Make the run's folder anew, with a copy of the checkpoint in it; its configuration."""
+    run_dir, start = settings.run_dir(name), settings.run_dir("start")
+    shutil.rmtree(run_dir, ignore_errors=True)
+    run_dir.mkdir(parents=True)
+    for part in ("checkpoints", "metrics.jsonl", "mixture.jsonl") if copied else ():
+        copy = shutil.copytree if (start / part).is_dir() else shutil.copy
+        copy(start / part, run_dir / part)
+    config = run_dir / "launched.yaml"
+    config.write_text(yaml.safe_dump(configured(settings, name, fields)), encoding="utf-8")
+    return config
+
+
 def launch(
     settings: Settings,
     name: str,
@@ -93,17 +106,9 @@ def launch(
     end = int(fields.get("train.train_iters", START + STEPS))
     if not fresh and _finished(run_dir, end):
         return 0.0
-    shutil.rmtree(run_dir, ignore_errors=True)
-    run_dir.mkdir(parents=True)
-    if copied:
-        start = settings.run_dir("start")
-        for part in ("checkpoints", "metrics.jsonl", "mixture.jsonl"):
-            copy = shutil.copytree if (start / part).is_dir() else shutil.copy
-            copy(start / part, run_dir / part)
+    config = new_run(settings, name, fields, copied=copied)
     if record:
         (run_dir / "samples").mkdir()
-    config = run_dir / "launched.yaml"
-    config.write_text(yaml.safe_dump(configured(settings, name, fields)), encoding="utf-8")
     module = "tests.distributed.recording_worker" if record else "megatron_tikmix"
     started = time.perf_counter()
     on_ranks(ranks, ["-m", module, str(config)], run_dir / "log.txt", samples=run_dir / "samples")
@@ -118,7 +123,8 @@ def on_ranks(ranks: int, arguments: list[str], log: Path, samples: Path | None =
     """
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", str(ranks), *arguments]
-    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    folders = [str(ROOT), str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH", "")]
+    path = os.pathsep.join(folders)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     if samples is not None:
         environment["RECORD_FOLDER"] = str(samples)
