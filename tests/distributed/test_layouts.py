@@ -80,12 +80,54 @@ def test_two_ranks_give_the_numbers_of_one(
     found, expected = matrices(run_dir), matrices(reference)
     assert len(found) == len(expected) == 2
     assert found[0].shape == (4 + 3, 3)
-    scale_V1 = np.abs(expected[0]).max(axis=1, keepdims=True)
-    assert (np.abs(found[0] - expected[0]) / scale_V1).max() < 1e-4
+    assert largest_error(found[0], expected[0]) < 1e-4
     weights = [stage["weights"] for stage in read_rows(run_dir, "mixture.jsonl")]
     expected_weights = [stage["weights"] for stage in read_rows(reference, "mixture.jsonl")]
     for a, b in zip(weights, expected_weights, strict=True):
         assert a == pytest.approx(b, abs=1e-3)
+
+
+OTHER_MODEL = {
+    # conftest's model has LayerNorm, GELU and biases; so what is left is:
+    "model.share_embeddings_and_output_weights": False,
+    "model.num_query_groups": 2,
+    "model.position_embedding_type": "learned_absolute",
+    "model.normalization": "RMSNorm",
+    "model.qk_layernorm": True,
+    "model.gated_linear_unit": True,
+    "model.activation_func": "torch.nn.functional.silu",
+    "model.add_bias_linear": False,
+}
+
+
+@pytest.mark.parametrize("fields", [{}, OTHER_MODEL], ids=["tied, GELU, rope", "other options"])
+def test_tensor_and_pipeline_ranks_give_the_numbers_of_one_whatever_the_model(
+    fields: dict[str, Any], settings: dict[str, Any]
+) -> None:
+    short = {**fields, "train.train_iters": 6, "remix.influence": "marginal"}
+    alone = overridden(settings, {**short, "run_dir": settings["run_dir"] + "-reference"})
+    launch(alone)
+    layout = {
+        "model.tensor_model_parallel_size": 2,
+        "model.pipeline_model_parallel_size": 2,
+        "model.sequence_parallel": True,
+    }
+    launch(overridden(settings, {**short, **layout}), ranks=4)
+    run_dir, reference = Path(settings["run_dir"]), Path(alone["run_dir"])
+    rows = zip(
+        read_rows(run_dir, "metrics.jsonl"), read_rows(reference, "metrics.jsonl"), strict=True
+    )
+    for a, b in rows:
+        assert a["lm_loss"] == pytest.approx(b["lm_loss"], rel=1e-5)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
+    (found,), (expected,) = matrices(run_dir), matrices(reference)
+    assert largest_error(found, expected) < 1e-4
+
+
+def largest_error(found_VD: np.ndarray, expected_VD: np.ndarray) -> float:
+    """Relative to the largest entry of each row."""
+    scale_V1 = np.abs(expected_VD).max(axis=1, keepdims=True)
+    return float((np.abs(found_VD - expected_VD) / scale_V1).max())
 
 
 def test_the_same_run_twice_gives_the_same_bits(
