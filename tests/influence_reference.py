@@ -44,11 +44,12 @@ def make_ragged(data: ProbeData) -> None:
 def whole_gradient(run: Run, samples: list[Sample]) -> tuple[torch.Tensor, float]:
     """∇ of the loss summed over unmasked tokens, by autograd, float64 (P,), and the tokens."""
     model = run.forward_backward.model[0].module
-    batch = stack(samples)
+    device = next(model.parameters()).device
+    batch = {name: value.to(device) for name, value in stack(samples).items()}
     losses = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
     loss = (losses * batch["loss_mask"]).sum()
     gradients = torch.autograd.grad(loss, list(model.parameters()))
-    flat = torch.cat([gradient.flatten().double() for gradient in gradients])
+    flat = torch.cat([gradient.flatten().double() for gradient in gradients]).cpu()
     return flat, batch["loss_mask"].sum().item()
 
 
@@ -61,7 +62,7 @@ def second_moment(run: Run) -> torch.Tensor:
         state = optimizer.optimizer.state[optimizer.optimizer.param_groups[group]["params"][index]]
         beta2 = optimizer.optimizer.param_groups[group]["betas"][1]
         assert int(state["step"]) == run.state.iteration
-        moments.append(state["exp_avg_sq"].double() / (1 - beta2**run.state.iteration))
+        moments.append(state["exp_avg_sq"].double().cpu() / (1 - beta2**run.state.iteration))
     return torch.cat(moments)
 
 
