@@ -147,7 +147,7 @@ def test_the_first_stage_has_weights_and_no_moves(tmp_path):
     text = console.file.getvalue()
     assert text.count("16.7 → 16.7") == 6
     assert "±" not in text
-    assert "initial: uniform weights." in text
+    assert "initial: the initial mixture." in text
 
 
 def test_a_log_hears_of_each_phase_once():
