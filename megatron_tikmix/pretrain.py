@@ -14,6 +14,7 @@ from megatron_tikmix.errors import InputError
 from megatron_tikmix.parallel.collectives import agree_on_input
 from megatron_tikmix.parallel.initialize import Parallel, initialize, shut_down
 from megatron_tikmix.training.checkpoint import Checkpointer
+from megatron_tikmix.training.fingerprint import fingerprint
 from megatron_tikmix.training.kernels import kernels_in_use
 from megatron_tikmix.training.loop import Run, train
 from megatron_tikmix.training.make_remixer import build_decider, make_remixer
@@ -164,6 +165,7 @@ def build_checkpointer(
         scheduler,
         forward_backward.parallel,
         fingerprint=fingerprint,
+        allow_changed=config.checkpoint.allow_changed,
         keep=config.checkpoint.keep,
         keep_every=config.checkpoint.keep_every,
     )
@@ -232,46 +234,6 @@ def check_followed(data: TrainingData, state: TrainState, config: RunConfig) -> 
             f"checkpoint, which was trained without it; let it begin at sample "
             f"{state.consumed_samples} or later, or use another run_dir"
         )
-
-
-# What makes two models of the same configuration class different ones.
-_ARCHITECTURE = [
-    "num_layers",
-    "hidden_size",
-    "ffn_hidden_size",
-    "num_attention_heads",
-    "num_query_groups",
-    "kv_channels",
-    "normalization",
-    "layernorm_epsilon",
-    "gated_linear_unit",
-    "add_bias_linear",
-    "add_qkv_bias",
-    "qk_layernorm",
-    "position_embedding_type",
-    "rotary_base",
-    "rotary_percent",
-    "share_embeddings_and_output_weights",
-    "make_vocab_size_divisible_by",
-]
-
-
-def fingerprint(config: RunConfig, data: TrainingData) -> dict[str, Any]:
-    """What a resumed run must have in common with its checkpoint, by configuration field."""
-    return {
-        "seed": config.seed,
-        "data.sequence_length": config.data.sequence_length,
-        "data.reset_position_ids": config.data.reset_position_ids,
-        "data.reset_attention_mask": config.data.reset_attention_mask,
-        "data.eod_mask_loss": config.data.eod_mask_loss,
-        "train.global_batch_size": config.train.global_batch_size,
-        "train.rampup_batch_size": config.train.rampup_batch_size,
-        "domains": data.names,
-        "tokens": {name: data.manifest.split(name, "train").tokens for name in data.names},
-        "vocab_size": data.manifest.vocab_size,
-        **{f"model.{name}": getattr(config.model, name) for name in _ARCHITECTURE},
-        "model.activation_func": config.model.activation_func.__name__,
-    }
 
 
 def build_remixer(

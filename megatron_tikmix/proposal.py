@@ -18,10 +18,10 @@ from megatron_tikmix.pretrain import (
     build_checkpointer,
     build_remixer,
     build_training,
-    fingerprint,
     together,
 )
 from megatron_tikmix.training.decide import Boundary, Decision
+from megatron_tikmix.training.fingerprint import fingerprint
 from megatron_tikmix.training.probe_plan import plan_probe
 from megatron_tikmix.training.record import Recorder
 from megatron_tikmix.training.state import TrainState

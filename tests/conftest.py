@@ -84,7 +84,7 @@ def write_word_tokenizer(path: Path) -> Path:
 def write_prompts(path: Path, count: int = 30) -> Path:
     """Prompts of 0 to 39 words and completions of 1 to 41, some with the same prompt."""
     generator = np.random.default_rng(5)
-    lines = []
+    lines: list[str] = []
     for number in range(count):
         if number % 5 or not lines:
             prompt = " ".join(f"w{n}" for n in generator.integers(1, VOCAB_SIZE, number % 13 * 3))

@@ -1,11 +1,22 @@
 """Sections `train`, `scheduler` and `checkpoint`."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from megatron_tikmix.config.requirement import require
 from megatron_tikmix.errors import InputError
 from megatron_tikmix.mixing import BatchSizes
+
+MAY_CHANGE = (
+    "seed",
+    "tokens",
+    "files",
+    "tokenizer",
+    "data.reset_position_ids",
+    "data.reset_attention_mask",
+    "data.eod_mask_loss",
+)
+"""What a checkpoint may be resumed with another value of, if `allow_changed` names it."""
 
 
 @dataclass(kw_only=True)
@@ -103,6 +114,11 @@ class CheckpointConfig:
     keep_every: int | None = None
     """Checkpoints of iterations divisible by this are kept besides, for good."""
 
+    allow_changed: list[str] = field(default_factory=list)
+    """What may differ from the checkpoint that is resumed: some of seed, tokens, files, tokenizer,
+    data.reset_position_ids, data.reset_attention_mask, data.eod_mask_loss. With another seed or
+    other tokens a domain's samples come in another order: some are repeated, some left out."""
+
     def __post_init__(self) -> None:
         require(
             self.save_interval is None or self.save_interval > 0,
@@ -110,6 +126,8 @@ class CheckpointConfig:
             "must be positive",
         )
         require(self.keep > 0, "checkpoint.keep", "must be positive")
+        unknown = [name for name in self.allow_changed if name not in MAY_CHANGE]
+        require(not unknown, "checkpoint.allow_changed", f"must be of {', '.join(MAY_CHANGE)}")
         require(
             self.keep_every is None or self.keep_every > 0,
             "checkpoint.keep_every",

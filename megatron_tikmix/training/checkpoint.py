@@ -3,6 +3,7 @@
 import json
 import logging
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.utils import unwrap_model
 
+from megatron_tikmix.config.train import MAY_CHANGE
 from megatron_tikmix.errors import InputError
 from megatron_tikmix.mixing import MixtureSchedule
 from megatron_tikmix.parallel.collectives import (
@@ -36,6 +38,7 @@ from megatron_tikmix.training.checkpoint_files import (
 )
 from megatron_tikmix.training.checkpoint_writer import save_shards
 from megatron_tikmix.training.evaluate import gathered_parameters
+from megatron_tikmix.training.fingerprint import difference
 from megatron_tikmix.training.rng import rng_state, set_rng_state
 from megatron_tikmix.training.state import TrainState
 
@@ -51,6 +54,7 @@ class Checkpointer:
     Args:
         fingerprint: what must not differ between saving and loading, by configuration field;
             fields of a checkpoint that are not named here may.
+        allow_changed: fields of it that may differ after all.
         keep, keep_every: the newest so many checkpoints are kept, and those of iterations
             divisible by `keep_every`.
     """
@@ -64,6 +68,7 @@ class Checkpointer:
         parallel: Parallel,
         *,
         fingerprint: dict[str, Any],
+        allow_changed: Sequence[str] = (),
         keep: int,
         keep_every: int | None = None,
     ) -> None:
@@ -74,6 +79,7 @@ class Checkpointer:
         self._scheduler = scheduler
         self._parallel = parallel
         self._fingerprint = fingerprint
+        self._allow_changed = allow_changed
         self._keep, self._keep_every = keep, keep_every
         mend_buckets(optimizer)
 
@@ -244,14 +250,15 @@ class Checkpointer:
         accepted: dict[str, Any] = broadcast_object(record, self._parallel)
         return accepted
 
-    def _refusal(self, path: Path, fingerprint: dict[str, Any]) -> InputError | None:
-        for field, value in fingerprint.items():
-            if field in self._fingerprint and self._fingerprint[field] != value:
-                return InputError(
-                    f"{path}: was saved with {field} {value}, and the run has "
-                    f"{self._fingerprint[field]}; resume with the same, or use another run_dir"
-                )
-        return None
+    def _refusal(self, path: Path, saved: dict[str, Any]) -> InputError | None:
+        words = difference(saved, self._fingerprint, self._allow_changed)
+        if words is None:
+            return None
+        choices = ", ".join(MAY_CHANGE)
+        return InputError(
+            f"{path}: was saved {words}; resume with the same, use another run_dir, or name the "
+            f"field in checkpoint.allow_changed if it is one of {choices} and is meant to change"
+        )
 
     def _layout(self) -> list[int]:
         groups = self._parallel.groups
