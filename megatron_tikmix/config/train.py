@@ -46,7 +46,12 @@ class TrainConfig:
     exit_duration_in_mins: float | None = None
     """Save and end the run, with exit code 0, after the step in which so many minutes are over."""
 
+    max_skipped_iterations: int = 3
+    """An update whose gradient is not finite is skipped and counted, as in Megatron; the run ends
+    with an error after so many in a row."""
+
     def __post_init__(self) -> None:
+        require(self.max_skipped_iterations > 0, "train.max_skipped_iterations", "must be positive")
         for name in ("exit_interval", "exit_duration_in_mins"):
             value = getattr(self, name)
             require(value is None or value > 0, f"train.{name}", "must be positive")

@@ -1,6 +1,7 @@
 """The training loop: intervals, and a boundary between each two."""
 
 import bisect
+import logging
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -32,6 +33,8 @@ from megatron_tikmix.training.state import TrainState
 from megatron_tikmix.training.step import ForwardBackward, LossSums, StepResult, train_step
 from megatron_tikmix.training.stopping import Stopping
 
+_log = logging.getLogger(__name__)
+
 
 @dataclass
 class Run:
@@ -42,6 +45,7 @@ class Run:
         planned: the schedule that is followed, if one was given; None where the run decides.
         stopping: says after each step whether the run ends there; None: it goes to its end.
         stop_reason: why it ended before its last iteration, if it did.
+        lost_in_a_row: iterations up to now whose gradient was not finite.
     """
 
     config: RunConfig
@@ -61,6 +65,7 @@ class Run:
     recorder: Recorder
     stopping: Stopping | None = None
     stop_reason: str | None = None
+    lost_in_a_row: int = 0
 
     @property
     def domains(self) -> list[str]:
@@ -181,8 +186,9 @@ def train_interval(run: Run, until: int) -> dict[str, Any]:
             batch_size,
         )
         state.advance(batch_size, skipped=result.skipped)
-        meter.add(result.loss_sums)
-        check_finite(result, state)
+        if not result.skipped:
+            meter.add(result.loss_sums)
+        check_finite(run, result)
         if run.stopping is not None and not state.done:
             run.stop_reason = run.stopping.reason(state.iteration)
         if state.iteration == until or run.stop_reason is not None:
@@ -196,16 +202,30 @@ def train_interval(run: Run, until: int) -> dict[str, Any]:
             run.checkpointer.save(state)
 
 
-def check_finite(result: StepResult, state: TrainState) -> None:
-    """Stop every rank alike when the gradient is lost: the norm is that of all ranks.
+def check_finite(run: Run, result: StepResult) -> None:
+    """Count an update that was skipped, and stop every rank alike when there are too many.
 
     Raises:
-        TrainingError: the gradient's norm is NaN or infinite.
+        TrainingError: the gradient was not finite in `train.max_skipped_iterations` iterations in
+            a row.
     """
-    if result.grad_norm is not None and not math.isfinite(result.grad_norm):
+    if result.grad_norm is None or math.isfinite(result.grad_norm):
+        run.lost_in_a_row = 0
+        return
+    run.lost_in_a_row += 1
+    state, most = run.state, run.config.train.max_skipped_iterations
+    if run.parallel.is_main:
+        _log.warning(
+            "the gradient is not finite at iteration %d: its update is skipped (%d skipped so far)",
+            state.iteration,
+            state.skipped_iterations,
+        )
+    if run.lost_in_a_row >= most:
+        before = f" nor at the {most - 1} before," if most > 1 else ""
         raise TrainingError(
-            f"the gradient is not finite at iteration {state.iteration}; lower optimizer.lr or "
-            f"look at the data of this step, and start again to resume from the newest checkpoint"
+            f"the gradient is not finite at iteration {state.iteration},{before} which is "
+            f"train.max_skipped_iterations; lower optimizer.lr or look at the data of these "
+            f"steps, and start again to resume from the newest checkpoint"
         )
 
 
@@ -342,4 +362,5 @@ class LossMeter:
             if tokens > 0
         }
         tokens = tokens_D.sum().item()
-        return loss_D.sum().item() / max(tokens, 1.0), by_domain, tokens / seconds
+        mean = loss_D.sum().item() / tokens if tokens else math.nan  # every update was skipped
+        return mean, by_domain, tokens / seconds

@@ -1,6 +1,7 @@
 """One forward-backward pass over micro-batches, and one optimizer step."""
 
 import itertools
+import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_tikmix.data.samples import DocumentBoundaries, Sample
+from megatron_tikmix.parallel.collectives import max_over_ranks
 from megatron_tikmix.parallel.initialize import Parallel
 
 LossSums = list[dict[str, torch.Tensor]]
@@ -206,6 +208,16 @@ def zero_gradients(model: list[DistributedDataParallel], optimizer: MegatronOpti
     optimizer.zero_grad()
 
 
+def gradient_is_lost(model: list[DistributedDataParallel]) -> bool:
+    """Whether this rank's gradient buffers hold anything that is not finite."""
+    for chunk in model:
+        for buffer in chunk.buffers + chunk.expert_parallel_buffers:
+            # One reading pass, and no copy: NaN and infinity both end up in the largest entry.
+            if not torch.linalg.vector_norm(buffer.grad_data, ord=torch.inf).isfinite():
+                return True
+    return False
+
+
 def train_step(
     forward_backward: ForwardBackward,
     micro_batches: Iterator[Sample],
@@ -214,10 +226,17 @@ def train_step(
     scheduler: OptimizerParamScheduler,
     global_batch_size: int,
 ) -> StepResult:
-    """Gradients of one global batch, one optimizer step, one step of the schedule."""
+    """Gradients of one global batch, one optimizer step, one step of the schedule. Collective.
+
+    If a gradient is not finite on any rank, nothing is updated on any: the result says `skipped`,
+    and its `grad_norm` is NaN.
+    """
     zero_gradients(forward_backward.model, optimizer)
     sums = forward_backward(micro_batches, num_microbatches)
     learning_rate = optimizer.param_groups[0]["lr"]
+    lost = gradient_is_lost(forward_backward.model)
+    if max_over_ranks(float(lost), forward_backward.parallel) > 0:
+        return StepResult(sums, math.nan, learning_rate, skipped=True)
     updated, grad_norm, _ = optimizer.step()
     if updated:
         scheduler.step(increment=global_batch_size)
