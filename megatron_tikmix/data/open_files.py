@@ -1,5 +1,7 @@
 """`.bin/.idx` pairs of which a bounded number is open at a time, over all streams of a process."""
 
+import os
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from pathlib import Path
@@ -8,6 +10,8 @@ from typing import Generic, TypeVar
 import numpy as np
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from numpy.typing import NDArray
+
+from megatron_tikmix.errors import InputError
 
 Opened = TypeVar("Opened")
 
@@ -34,27 +38,57 @@ class RecentlyUsed(Generic[Opened]):
 
 
 class _OpenTokens:
-    """An IndexedDataset, and its tokens as one array."""
+    """An IndexedDataset, whose tokens are read, not mapped.
+
+    Reading a mapped file that was cut short, or lies on a disk that fails, ends the process by
+    SIGBUS without a word; here it raises an error that says where.
+    """
 
     def __init__(self, prefix: str) -> None:
-        # Views of the maps that megatron-core opens and, with the dataset, closes.
-        self.dataset = IndexedDataset(prefix, multimodal=False, mmap=True)
+        # Views of the map of the index, which megatron-core opens and, with the dataset, closes.
+        self.dataset = IndexedDataset(prefix, multimodal=False, mmap=False)
         index = self.dataset.index
         self.lengths, self.offsets = index.sequence_lengths, index.sequence_pointers
-        self.itemsize = index.dtype_size
-        last = len(self.lengths) - 1
-        count = int(self.offsets[last]) // self.itemsize + int(self.lengths[last])
-        self.tokens = self.dataset.bin_reader.read(index.dtype, count, 0)
+        self._dtype = np.dtype(index.dtype)
+        self._path = f"{prefix}.bin"
+        self._descriptor = os.open(self._path, os.O_RDONLY)
+        weakref.finalize(self, os.close, self._descriptor)
+
+    def read(self, idx: int, offset: int, length: int) -> NDArray[np.integer]:
+        """`length` tokens of document `idx`, from its token `offset` on.
+
+        Raises:
+            InputError: names the file and the byte that cannot be read.
+        """
+        at = int(self.offsets[idx]) + offset * self._dtype.itemsize
+        left, parts = length * self._dtype.itemsize, []
+        while left > 0:
+            try:
+                part = os.pread(self._descriptor, left, at)
+            except OSError as error:
+                raise InputError(
+                    f"{self._path} cannot be read at byte {at}: {error.strerror}; see to the disk, "
+                    f"and start again to resume from the newest checkpoint"
+                ) from error
+            if not part:
+                raise InputError(
+                    f"{self._path} ends before byte {at}, which training needs: it was cut short "
+                    f"since training began; put it back, and start again to resume from the "
+                    f"newest checkpoint"
+                )
+            parts.append(part)
+            left, at = left - len(part), at + len(part)
+        return np.frombuffer(parts[0] if len(parts) == 1 else b"".join(parts), self._dtype)
 
 
-# Each costs 3 descriptors and 2 memory maps; 1,024 and 65,530 are the usual limits of a process.
+# Each costs 2 descriptors and a memory map; 1,024 and 65,530 are the usual limits of a process.
 OPEN_TOKEN_FILES: RecentlyUsed[_OpenTokens] = RecentlyUsed(128)
 
 
 class TokenFile:
     """What a GPTDataset asks of megatron-core's IndexedDataset, from files opened when needed.
 
-    What it hands out are views of the open file: use them before another one is opened.
+    `sequence_lengths` is a view of the open file: use it before another one is opened.
     """
 
     def __init__(self, prefix: Path) -> None:
@@ -72,10 +106,12 @@ class TokenFile:
         return lengths
 
     def get(self, idx: int, offset: int = 0, length: int | None = None) -> NDArray[np.integer]:
-        """Tokens of one document, or of a part of it."""
+        """Tokens of one document, or of a part of it.
+
+        Raises:
+            InputError: names the file and the byte that cannot be read.
+        """
         opened = self._opened()
         if length is None:
             length = int(opened.lengths[idx]) - offset
-        first = int(opened.offsets[idx]) // opened.itemsize + offset
-        tokens: NDArray[np.integer] = opened.tokens[first : first + length]
-        return tokens
+        return opened.read(idx, offset, length)

@@ -1,5 +1,6 @@
 """A bounded number of open files, and indices that lie on disk: the same samples all the same."""
 
+import errno
 import os
 from pathlib import Path
 
@@ -156,3 +157,30 @@ def test_a_manifest_that_is_not_of_these_files_is_told(tmp_path: Path) -> None:
     )
     with pytest.raises(InputError, match="does not hold the 80 tokens"):
         stream[0]
+
+
+def test_a_file_cut_short_while_it_is_open_is_named_with_the_offset(tmp_path: Path) -> None:
+    """A mapped file would end the process by SIGBUS."""
+    split = write_tokens(tmp_path / "x", [np.arange(1, 50), np.arange(50, 120)])
+    tokens = open_files.TokenFile(split.prefix)
+    assert tokens.get(1, 10, 5).tolist() == [60, 61, 62, 63, 64]
+    assert tokens.get(0).tolist() == list(range(1, 50))
+    assert tokens.get(1).tolist() == list(range(50, 120))
+    os.truncate(split.bin_path, 2 * 100)
+    with pytest.raises(InputError, match=f"{split.bin_path} ends before byte 200"):
+        tokens.get(1, 40, 20)
+
+
+def test_a_disk_that_fails_is_named_with_the_offset(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    split = write_tokens(tmp_path / "x", [np.arange(1, 50)])
+    tokens = open_files.TokenFile(split.prefix)
+
+    def pread(*arguments: object) -> bytes:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "pread", pread)
+    words = f"{split.bin_path} cannot be read at byte 20: Input/output error"
+    with pytest.raises(InputError, match=words):
+        tokens.get(0, 10, 5)
