@@ -10,8 +10,8 @@ from megatron_tikmix.config import MixtureSections, RunConfig, launched_world
 from megatron_tikmix.data.blended_dataset import BlendedDataset
 from megatron_tikmix.data.builder import TrainingData
 from megatron_tikmix.data.loader import DataParallelLoader
-from megatron_tikmix.errors import InputError
-from megatron_tikmix.parallel.collectives import agree_on_input
+from megatron_tikmix.errors import InputError, TrainingError
+from megatron_tikmix.parallel.collectives import agree_on_input, left_alone
 from megatron_tikmix.parallel.initialize import Parallel, initialize, shut_down
 from megatron_tikmix.training.checkpoint import Checkpointer
 from megatron_tikmix.training.fingerprint import fingerprint
@@ -73,6 +73,13 @@ def pretrain(config: RunConfig, resolved: str) -> None:
             run.stopping = Stopping(config.train, parallel, signals, started)
             try:
                 train(run)
+            except (InputError, TrainingError):
+                raise
+            except RuntimeError as error:
+                alone = left_alone(error, run.place, parallel)
+                if alone is None:
+                    raise
+                raise alone from error
             finally:
                 recorder.close()
         recorder.finish(run.stop_reason, run.state.iteration)

@@ -1,6 +1,7 @@
 """The few collectives of our own. Every rank of the group must call each of them."""
 
 import hashlib
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -93,6 +94,39 @@ def gather_objects(value: Any, parallel: Parallel) -> list[Any]:
     found: list[Any] = [None] * parallel.world_size
     dist.all_gather_object(found, value, group=parallel.cpu_group)
     return found
+
+
+# What gloo and NCCL say when other ranks do not come, or are gone.
+_LEFT_ALONE = ("timed out", "timeout", "connection closed", "connection reset", "broken pipe")
+
+
+def left_alone(error: RuntimeError, place: str, parallel: Parallel) -> TrainingError | None:
+    """What to tell of a collective that failed for want of the other ranks; None: it is not one.
+
+    Every rank that still answers within 10 s is told apart from those that do not.
+
+    Args:
+        place: what this rank was doing.
+    """
+    text = " ".join(str(error).split())
+    if not any(words in text.lower() for words in _LEFT_ALONE):
+        return None
+    missing = "another rank"
+    try:
+        # On a group that nothing was waiting in. Rank 0 learns who does not come.
+        dist.monitored_barrier(
+            parallel.decision_group, timeout=timedelta(seconds=10), wait_all_ranks=True
+        )
+    except RuntimeError as failure:
+        found = re.search(r"[Rr]anks? ([0-9][0-9, ]*) failed to (?:pass|reach)", str(failure))
+        if found is not None:
+            missing = f"rank {found.group(1).strip(' ,')}"
+        elif not parallel.is_main:
+            missing = "rank 0"
+    return TrainingError(
+        f"rank {parallel.rank} waited in vain during {place}: {missing} is stuck or gone; see what "
+        f"it says, and start again to resume from the newest checkpoint ({text[:200]})"
+    )
 
 
 class MeetingPoint:

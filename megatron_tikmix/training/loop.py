@@ -46,6 +46,7 @@ class Run:
         stopping: says after each step whether the run ends there; None: it goes to its end.
         stop_reason: why it ended before its last iteration, if it did.
         lost_in_a_row: iterations up to now whose gradient was not finite.
+        place: what is being done, for the message of a rank that waits in vain.
     """
 
     config: RunConfig
@@ -66,6 +67,7 @@ class Run:
     stopping: Stopping | None = None
     stop_reason: str | None = None
     lost_in_a_row: int = 0
+    place: str = "the start"
 
     @property
     def domains(self) -> list[str]:
@@ -118,6 +120,7 @@ def train(run: Run) -> None:
         if run.stop_reason is not None or state.done:
             save_to_end(run)
             return
+        run.place = f"the save at iteration {state.iteration}"
         run.checkpointer.save(state)
 
 
@@ -127,6 +130,7 @@ def save_to_end(run: Run) -> None:
     Raises:
         TrainingError: that failed, and what was trained since the checkpoint before is lost.
     """
+    run.place = f"the save at iteration {run.state.iteration}"
     if run.checkpointer.save(run.state) is None:
         raise TrainingError(
             f"the run ends at iteration {run.state.iteration} without a checkpoint of it, see "
@@ -137,6 +141,7 @@ def save_to_end(run: Run) -> None:
 def reset_mixture(run: Run, task_loss: dict[str, float]) -> None:
     """Decide the next interval's mixture, and open its stage. Collective."""
     state = run.state
+    run.place = f"the boundary at iteration {state.iteration}"
     at = boundary(run)
     decision: Decision | None
     if run.planned is not None:
@@ -176,6 +181,7 @@ def train_interval(run: Run, until: int) -> dict[str, Any]:
     )
     meter = LossMeter(run.domains, run.parallel)
     while True:
+        run.place = f"iteration {state.iteration + 1}"
         batch_size = config.batch_sizes.size_at(state.consumed_samples)
         result = train_step(
             run.forward_backward,
@@ -199,6 +205,7 @@ def train_interval(run: Run, until: int) -> dict[str, Any]:
         if saving or state.iteration % config.log_interval == 0:
             run.recorder.step(metrics_row(state, result, meter), realised_mixture(run))
         if saving:
+            run.place = f"the save at iteration {state.iteration}"
             run.checkpointer.save(state)
 
 
@@ -248,6 +255,7 @@ def metrics_row(state: TrainState, result: StepResult, meter: "LossMeter") -> di
 
 def measure(run: Run) -> dict[str, float]:
     """Validation loss of every task, on items that do not decide."""
+    run.place = f"the evaluation at iteration {run.state.iteration}"
     task_loss = evaluate(run.forward_backward, run.tasks, run.config.evaluate.task_samples)
     run.recorder.evaluation(run.state.iteration, task_loss)
     return task_loss

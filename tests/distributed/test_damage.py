@@ -42,3 +42,12 @@ def test_a_full_disk_and_a_damaged_checkpoint_are_survived(settings: dict[str, A
     assert without_timings(ledger) == without_timings(
         read_rows(settings["run_dir"], "mixture.jsonl")
     )
+
+
+def test_a_stuck_rank_is_named_and_ends_the_job(settings: dict[str, Any]) -> None:
+    settings = overridden(settings, {"timeout_minutes": 0.4})
+    result = launch(settings, ranks=2, module="tests.distributed.stuck_worker", check=False)
+    assert result.returncode != 0
+    words = "error: rank 0 waited in vain during iteration 3: rank 1 is stuck or gone"
+    assert result.stderr.count(words) == 1
+    assert "megatron_tikmix/" not in result.stderr, "a traceback through our own files"
