@@ -56,6 +56,11 @@ class GPTConfig(TransformerConfig):
             require(0 <= getattr(self, name) < 1, f"model.{name}", "must be from 0 to below 1")
         require(0 < self.rotary_percent <= 1, "model.rotary_percent", "must be from 0 to 1")
         require(self.rotary_base > 0, "model.rotary_base", "must be positive")
+        require(
+            not self.sequence_parallel or self.tensor_model_parallel_size > 1,
+            "model.sequence_parallel",
+            "needs tensor_model_parallel_size 2 or more",
+        )
         self.params_dtype = self.pipeline_dtype = torch.bfloat16 if self.bf16 else torch.float32
         settle_pipeline(self)
         super().__post_init__()

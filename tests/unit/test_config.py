@@ -70,6 +70,7 @@ def test_the_distributed_optimizer_is_always_used(path: str) -> None:
         (["--scheduler.lr_decay_style", "WSD"], "lr_wsd_decay_iters"),
         (["--model.num_attention_heads", "0"], "model.num_attention_heads must be given"),
         (["--model.hidden_dropout", "2"], "model.hidden_dropout"),
+        (["--model.sequence_parallel", "true"], "model.sequence_parallel needs tensor_model"),
         (["--seed", "-5"], "seed"),
         (["--nope", "1"], "unknown configuration field nope; see --help"),
         (["--remix.preset", "paper", "--tasks.low.weight", "2"], "tasks.low.weight"),
@@ -116,6 +117,16 @@ def test_what_cannot_be_used_yet_is_refused_by_name_with_the_reason(path: str) -
         reason = UNSUPPORTED[name][1]
         with pytest.raises(InputError, match=rf"{name} is not supported yet: {reason}"):
             used.check(1)
+
+
+def test_sequence_parallelism_needs_a_sequence_that_tensor_ranks_divide(path: str) -> None:
+    layout = ["--model.tensor_model_parallel_size", "4", "--model.sequence_parallel", "true"]
+    load_config([path, *layout])[0].check(4)
+    config, _ = load_config([path, *layout, "--data.sequence_length", "30"])
+    with pytest.raises(
+        InputError, match=r"data\.sequence_length \(30\) must be a multiple of .* 4"
+    ):
+        config.check(4)
 
 
 def test_missing_and_broken_files_are_named(tmp_path: Path) -> None:
