@@ -109,7 +109,7 @@ def compared(found: dict[str, Any], reference: dict[str, Any]) -> Figures:
         "loss": _loss_error(found["ledger"], reference["ledger"]),
         "loss_own": _loss_error(found["own"], reference["own"]),
         "grad_norm": _loss_error(found["ledger"], reference["ledger"], "grad_norm"),
-        "influence": max(influence),
+        "influence": float(np.max(influence)),
         "influence_at": influence,
         "mixture": max(
             abs(a[domain] - b[domain])
@@ -127,7 +127,8 @@ def _loss_error(ours: list[dict], theirs: list[dict], field: str = "lm_loss") ->
     pairs = list(zip(_after_start(ours), _after_start(theirs), strict=True))
     if any(a["iteration"] != b["iteration"] for a, b in pairs):
         raise InputError("the rows of metrics.jsonl are not those of the same iterations")
-    return max(abs(a[field] - b[field]) / abs(b[field]) for a, b in pairs)
+    # numpy's, for which a NaN is the largest.
+    return float(np.max([abs(a[field] - b[field]) / abs(b[field]) for a, b in pairs]))
 
 
 def _after_start(rows_of_run: list[dict]) -> list[dict]:
