@@ -58,11 +58,13 @@ def second_moment(run: Run) -> torch.Tensor:
     model, optimizer = run.forward_backward.model[0], run.optimizer.chained_optimizers[0]
     moments = []
     for parameter in model.module.parameters():
-        group, index = optimizer.model_param_group_index_map[parameter]
-        state = optimizer.optimizer.state[optimizer.optimizer.param_groups[group]["params"][index]]
-        beta2 = optimizer.optimizer.param_groups[group]["betas"][1]
-        assert int(state["step"]) == run.state.iteration
-        moments.append(state["exp_avg_sq"].double().cpu() / (1 - beta2**run.state.iteration))
+        number, index = optimizer.model_param_group_index_map[parameter]
+        group = optimizer.optimizer.param_groups[number]
+        state = optimizer.optimizer.state[group["params"][index]]
+        # torch keeps the step with each parameter, Apex and Transformer Engine with the group.
+        assert int(state.get("step", group.get("step"))) == run.state.iteration
+        moment = state["exp_avg_sq"].double().cpu()
+        moments.append(moment / (1 - group["betas"][1] ** run.state.iteration))
     return torch.cat(moments)
 
 
