@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing import serialization
-from megatron.core.dist_checkpointing.strategies.common import TorchCommonSaveStrategy
-from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_tikmix.parallel.collectives import first_problem
 from megatron_tikmix.parallel.initialize import Parallel
+from megatron_tikmix.parallel.megatron_versions import (
+    options_of_an_asynchronous_save,
+    writes_of_one_rank,
+)
 
 
 def save_shards(sharded_state: dict[str, Any], path: Path, parallel: Parallel) -> str | None:
@@ -27,7 +28,12 @@ def save_shards(sharded_state: dict[str, Any], path: Path, parallel: Parallel) -
         None; or, the same on every rank, why the checkpoint is not whole: the disk is full, say.
     """
     with _noted() as problems:
-        request = dist_checkpointing.save(sharded_state, str(path), async_sharded_save=True)
+        request = dist_checkpointing.save(
+            sharded_state,
+            str(path),
+            async_sharded_save=True,
+            **options_of_an_asynchronous_save(),
+        )
         assert request is not None
         arguments = list(request.async_fn_args)
         try:
@@ -62,11 +68,7 @@ def _noted() -> Iterator[list[str]]:
 
         return noted
 
-    places: list[tuple[Any, str]] = [
-        (TorchCommonSaveStrategy, "save_common"),
-        (FileSystemWriterAsync, "finish"),
-        (serialization, "save_config"),
-    ]
+    places = writes_of_one_rank()
     former = [(place, name, getattr(place, name)) for place, name in places]
     for place, name, write in former:
         setattr(place, name, noting(write))
