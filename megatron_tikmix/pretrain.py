@@ -175,6 +175,7 @@ def build_checkpointer(
         allow_changed=config.checkpoint.allow_changed,
         keep=config.checkpoint.keep,
         keep_every=config.checkpoint.keep_every,
+        async_save=config.checkpoint.async_save,
     )
 
 

@@ -119,6 +119,10 @@ class CheckpointConfig:
     keep_every: int | None = None
     """Checkpoints of iterations divisible by this are kept besides, for good."""
 
+    async_save: bool = False
+    """Write checkpoints in a process of their own while training goes on; the last one of a run is
+    waited for. It needs the host memory of what this rank writes."""
+
     allow_changed: list[str] = field(default_factory=list)
     """What may differ from the checkpoint that is resumed: some of seed, tokens, files, tokenizer,
     data.reset_position_ids, data.reset_attention_mask, data.eod_mask_loss. With another seed or

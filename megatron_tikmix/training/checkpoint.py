@@ -4,6 +4,7 @@ import json
 import logging
 import shutil
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ from megatron_tikmix.training.checkpoint_files import (
     read_record,
     write_whole,
 )
-from megatron_tikmix.training.checkpoint_writer import save_shards
+from megatron_tikmix.training.checkpoint_writer import ShardSaving
 from megatron_tikmix.training.evaluate import gathered_parameters
 from megatron_tikmix.training.fingerprint import difference
 from megatron_tikmix.training.rng import rng_state, set_rng_state
@@ -48,6 +49,16 @@ _log = logging.getLogger(__name__)
 _SHARDING = {"distrib_optim_sharding_type": "fully_reshardable"}
 
 
+@dataclass(frozen=True)
+class _Pending:
+    """A save that has begun; `record` is the text of tikmix.json, on the main rank."""
+
+    saving: ShardSaving
+    unfinished: Path
+    iteration: int
+    record: str
+
+
 class Checkpointer:
     """Saves a run under one folder, and finds the newest whole checkpoint there. Collective.
 
@@ -57,6 +68,7 @@ class Checkpointer:
         allow_changed: fields of it that may differ after all.
         keep, keep_every: the newest so many checkpoints are kept, and those of iterations
             divisible by `keep_every`.
+        async_save: write in the background.
     """
 
     def __init__(
@@ -71,6 +83,7 @@ class Checkpointer:
         allow_changed: Sequence[str] = (),
         keep: int,
         keep_every: int | None = None,
+        async_save: bool = False,
     ) -> None:
         self._files = CheckpointFolder(folder)
         self._chunks = model
@@ -81,67 +94,106 @@ class Checkpointer:
         self._fingerprint = fingerprint
         self._allow_changed = allow_changed
         self._keep, self._keep_every = keep, keep_every
+        self._async_save = async_save
+        self._pending: _Pending | None = None
         mend_buckets(optimizer)
 
-    def save(self, state: TrainState) -> Path | None:
+    def save(self, state: TrainState, *, wait: bool = False) -> bool:
         """Write a checkpoint; only when it is whole and on disk does it become the latest.
 
-        Returns:
-            where it is; None, on every rank, if it could not be written: the former checkpoint
-            is then still the latest, and a warning was given.
-        """
-        path, problem = self._written(state)
-        if problem is None:
-            return path
-        if self._parallel.is_main:
-            if path is not None:
-                shutil.rmtree(path, ignore_errors=True)
-            _log.error(
-                "THE CHECKPOINT OF ITERATION %d WAS NOT SAVED: %s; training goes on, and a restart "
-                "would go back to the checkpoint before; make room in %s",
-                state.iteration,
-                problem,
-                self._files.folder,
-            )
-        barrier(self._parallel)
-        return None
+        With `async_save`, unless `wait`, this returns when the writing has begun; :meth:`poll`, or
+        the next save, finishes it.
 
-    def _written(self, state: TrainState) -> tuple[Path | None, str | None]:
-        """The checkpoint's folder, and why it is not a checkpoint."""
+        Returns:
+            False, on every rank, if it could not be written: the former checkpoint is then still
+            the latest, and a warning was given.
+        """
+        self.finish()
+        unfinished, problem = self._begun(state.iteration)
+        if problem is not None or unfinished is None:
+            return self._given_up(state.iteration, None, problem)
+        with gathered_parameters(self._chunks):
+            saving = ShardSaving(
+                self._sharded_state(is_loading=False),
+                unfinished,
+                self._parallel,
+                in_background=self._async_save and not wait,
+            )
+        # What the record holds goes on changing.
+        record = json.dumps(self._record(state)) if self._parallel.is_main else ""
+        self._pending = _Pending(saving, unfinished, state.iteration, record)
+        return True if self._async_save and not wait else self.finish()
+
+    def poll(self) -> None:
+        """Finish a save that is written by now. Collective while one is under way."""
+        if self._pending is not None and self._pending.saving.written():
+            self.finish()
+
+    def finish(self) -> bool:
+        """Wait for the save that is under way, if any; False if it failed."""
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return True
+        problem = pending.saving.finish() or self._completed(pending)
+        if problem is not None:
+            return self._given_up(pending.iteration, pending.unfinished, problem)
+        if self._parallel.is_main:
+            try:
+                self._files.prune(pending.iteration, self._keep, self._keep_every)
+            except OSError as error:
+                _log.warning("an old checkpoint cannot be deleted: %s", error)
+        barrier(self._parallel)
+        return True
+
+    def _begun(self, iteration: int) -> tuple[Path | None, str | None]:
+        """An empty folder, made by the main rank, or why there is none."""
         unfinished: Path | None = None
         problem = None
         if self._parallel.is_main:
             try:
-                unfinished = self._files.begin(state.iteration)
+                unfinished = self._files.begin(iteration)
             except OSError as error:
                 problem = str(error)
-        unfinished, problem = broadcast_object((unfinished, problem), self._parallel)
-        if problem is not None or unfinished is None:
-            return None, problem
-        with gathered_parameters(self._chunks):
-            problem = save_shards(self._sharded_state(is_loading=False), unfinished, self._parallel)
-        if problem is not None:
-            return unfinished, problem
+        begun: tuple[Path | None, str | None] = broadcast_object(
+            (unfinished, problem), self._parallel
+        )
+        return begun
+
+    def _completed(self, pending: _Pending) -> str | None:
+        """Make what was written the latest checkpoint; or why that failed."""
         manifest: Manifest = {}
+        problem = None
         try:
             if self._parallel.is_main:
-                write_whole(unfinished / RECORD, json.dumps(self._record(state)))
-            manifest = measured(unfinished, self._own_files(unfinished))
+                write_whole(pending.unfinished / RECORD, pending.record)
+            manifest = measured(pending.unfinished, self._own_files(pending.unfinished))
         except OSError as error:
             problem = str(error)
         problem = first_problem(problem, self._parallel)
         if problem is not None:
-            return unfinished, problem
+            return problem
         for part in gather_objects(manifest, self._parallel):
             manifest |= part
-        path = unfinished
         if self._parallel.is_main:
             try:
-                path = self._files.complete(unfinished, state.iteration, manifest)
-                self._files.prune(state.iteration, self._keep, self._keep_every)
+                self._files.complete(pending.unfinished, pending.iteration, manifest)
             except OSError as error:
                 problem = str(error)
-        return path, first_problem(problem, self._parallel)
+        return first_problem(problem, self._parallel)
+
+    def _given_up(self, iteration: int, unfinished: Path | None, problem: str | None) -> bool:
+        if self._parallel.is_main:
+            if unfinished is not None:
+                shutil.rmtree(unfinished, ignore_errors=True)
+            _log.error(
+                "THE CHECKPOINT OF ITERATION %d WAS NOT SAVED: %s; training goes on, and a restart "
+                "would go back to the checkpoint before; make room in %s",
+                iteration,
+                problem,
+                self._files.folder,
+            )
+        barrier(self._parallel)
+        return False
 
     def _own_files(self, path: Path) -> list[str]:
         """Those this rank measures: what it wrote, and the main rank what is nobody else's."""

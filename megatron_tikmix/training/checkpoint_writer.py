@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies.async_utils import TemporalAsyncCaller
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_tikmix.parallel.collectives import first_problem
+from megatron_tikmix.parallel.collectives import first_problem, max_over_ranks
 from megatron_tikmix.parallel.initialize import Parallel
 from megatron_tikmix.parallel.megatron_versions import (
     options_of_an_asynchronous_save,
@@ -21,43 +22,69 @@ from megatron_tikmix.parallel.megatron_versions import (
 )
 
 
-def save_shards(sharded_state: dict[str, Any], path: Path, parallel: Parallel) -> str | None:
-    """Write this rank's part of a checkpoint. Collective.
+class ShardSaving:
+    """The writing of a checkpoint's shards, under way once this is made. Collective throughout.
 
-    Returns:
-        None; or, the same on every rank, why the checkpoint is not whole: the disk is full, say.
+    Args:
+        in_background: a forked process writes, from the state as it is now, while training goes on.
     """
-    with _noted() as problems:
-        request = dist_checkpointing.save(
-            sharded_state,
-            str(path),
-            async_sharded_save=True,
-            **options_of_an_asynchronous_save(),
-        )
+
+    def __init__(
+        self, sharded_state: dict[str, Any], path: Path, parallel: Parallel, *, in_background: bool
+    ) -> None:
+        self._parallel = parallel
+        self._problems: list[str] = []
+        self._caller = TemporalAsyncCaller()
+        with _noted(self._problems):
+            request = dist_checkpointing.save(
+                sharded_state,
+                str(path),
+                async_sharded_save=True,
+                **options_of_an_asynchronous_save(),
+            )
         assert request is not None
-        arguments = list(request.async_fn_args)
+        self._finalize = request.finalize_fns
         try:
-            if request.async_fn is not None:
+            if in_background:
+                self._caller.schedule_async_call(request._replace(finalize_fns=[]))
+            elif request.async_fn is not None:
+                arguments = list(request.async_fn_args)
                 if request.preload_fn is not None:
                     arguments[1] = request.preload_fn()
                 request.async_fn(*arguments, **request.async_fn_kwargs)
         except OSError as error:  # no memory for a writer's process, say
-            problems.append(str(error))
-        problem = first_problem(problems[0] if problems else None, parallel)
+            self._problems.append(str(error))
+
+    def written(self) -> bool:
+        """Whether every rank's process has ended, so that finishing takes no time."""
+        done = self._caller.is_current_async_call_done(blocking=False, no_dist=True)
+        return max_over_ranks(float(not done), self._parallel) == 0
+
+    def finish(self) -> str | None:
+        """Wait for the writers, and write what tells of them.
+
+        Returns:
+            None; or, the same on every rank, why the checkpoint is not whole: the disk is full.
+        """
+        self._caller.is_current_async_call_done(blocking=True, no_dist=True)
+        problem = self._agreed()
         if problem is not None:
             return problem
-        try:
-            for finalize in request.finalize_fns:
-                finalize()
-        except CheckpointException as error:  # on every rank; rank 0 knows why
-            problems.append(_first_failure(error))
-    return first_problem(problems[0] if problems else None, parallel)
+        with _noted(self._problems):
+            try:
+                for finalize in self._finalize:
+                    finalize()
+            except CheckpointException as error:  # on every rank; rank 0 knows why
+                self._problems.append(_first_failure(error))
+        return self._agreed()
+
+    def _agreed(self) -> str | None:
+        return first_problem(self._problems[0] if self._problems else None, self._parallel)
 
 
 @contextmanager
-def _noted() -> Iterator[list[str]]:
-    """What rank 0 could not write by itself."""
-    problems: list[str] = []
+def _noted(problems: list[str]) -> Iterator[None]:
+    """Add to `problems` what rank 0 could not write by itself."""
 
     def noting(write: Callable[..., None]) -> Callable[..., None]:
         def noted(*arguments: Any, **options: Any) -> None:
@@ -73,7 +100,7 @@ def _noted() -> Iterator[list[str]]:
     for place, name, write in former:
         setattr(place, name, noting(write))
     try:
-        yield problems
+        yield
     finally:
         for place, name, write in former:
             setattr(place, name, write)

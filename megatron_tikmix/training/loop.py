@@ -131,7 +131,7 @@ def save_to_end(run: Run) -> None:
         TrainingError: that failed, and what was trained since the checkpoint before is lost.
     """
     run.place = f"the save at iteration {run.state.iteration}"
-    if run.checkpointer.save(run.state) is None:
+    if not run.checkpointer.save(run.state, wait=True):
         raise TrainingError(
             f"the run ends at iteration {run.state.iteration} without a checkpoint of it, see "
             f"above; make room, and start again to resume from the checkpoint before"
@@ -195,6 +195,7 @@ def train_interval(run: Run, until: int) -> dict[str, Any]:
         if not result.skipped:
             meter.add(result.loss_sums)
         check_finite(run, result)
+        run.checkpointer.poll()
         if run.stopping is not None and not state.done:
             run.stop_reason = run.stopping.reason(state.iteration)
         if state.iteration == until or run.stop_reason is not None:

@@ -8,9 +8,11 @@ from tests.unit.training.test_checkpoint_files import flip_a_bit
 
 
 def test_a_full_disk_and_a_damaged_checkpoint_are_survived(settings: dict[str, Any]) -> None:
-    """Saves fail on one rank or the other; then the newest checkpoint is damaged on disk."""
+    """Saves fail on one rank or the other, in the background; then the newest checkpoint is
+    damaged on disk."""
     settings = overridden(settings, {"checkpoint.save_interval": 2, "checkpoint.keep": 9})
-    result = launch(settings, ranks=2, module="tests.distributed.full_disk_worker")
+    in_background = overridden(settings, {"checkpoint.async_save": True})
+    result = launch(in_background, ranks=2, module="tests.distributed.full_disk_worker")
     lines = [line for line in result.stderr.splitlines() if "WAS NOT SAVED" in line]
     for line, iteration in zip(lines, (4, 8, 10), strict=True):
         assert line.startswith("[rank 0] ERROR")
