@@ -189,6 +189,8 @@ def build(config: RunConfig, data: TrainingData, recorder: Recorder, parallel: P
         config, forward_backward, optimizer, scheduler, fingerprint(config, data)
     )
     checkpointer.load_latest(state)
+    if state.added_domains:
+        state.withdraw_empty_stage()
     check_followed(data, state, config)
     return Run(
         config=config,
@@ -210,6 +212,7 @@ def build(config: RunConfig, data: TrainingData, recorder: Recorder, parallel: P
         probe_plan=plan,
         boundaries=data.stage_boundaries(config),
         planned=data.planned,
+        initial_mixture=data.initial_schedule().mixture(0),
         checkpointer=checkpointer,
         recorder=recorder,
     )

@@ -9,6 +9,7 @@ from megatron_tikmix.mixing import BatchSizes
 
 MAY_CHANGE = (
     "seed",
+    "domains",
     "tokens",
     "files",
     "tokenizer",
@@ -124,9 +125,11 @@ class CheckpointConfig:
     waited for. It needs the host memory of what this rank writes."""
 
     allow_changed: list[str] = field(default_factory=list)
-    """What may differ from the checkpoint that is resumed: some of seed, tokens, files, tokenizer,
-    data.reset_position_ids, data.reset_attention_mask, data.eod_mask_loss. With another seed or
-    other tokens a domain's samples come in another order: some are repeated, some left out."""
+    """What may differ from the checkpoint that is resumed: some of seed, domains, tokens, files,
+    tokenizer, data.reset_position_ids, data.reset_attention_mask, data.eod_mask_loss. Domains can
+    only be added: a stage begins where the run is resumed, in which each has its share of
+    data.initial_mixture. With another seed or other tokens a domain's samples come in another
+    order: some are repeated, some left out."""
 
     def __post_init__(self) -> None:
         require(

@@ -116,6 +116,14 @@ class MixtureSchedule:
         self._blends.append(blend)
         return stage
 
+    def withdraw(self, n_samples: int) -> bool:
+        """Take the last stage back if none of the run's first `n_samples` is of it."""
+        if not self._stages or self._starts[-1] < n_samples:
+            return False
+        for of_stages in (self._stages, self._starts, self._blends):
+            of_stages.pop()
+        return True
+
     def _check_start(self, start_sample: int) -> None:
         if not self._starts:
             if start_sample != 0:
@@ -218,34 +226,51 @@ class MixtureSchedule:
         data: Mapping[str, Any],
         consumed_samples: int = 0,
         domain_samples: Sequence[int] | None = None,
+        domains: Sequence[str] | None = None,
     ) -> "MixtureSchedule":
         """Undo :meth:`to_json`. No block is made again, however long the schedule.
 
         Args:
             domain_samples: :meth:`domain_counts` of `consumed_samples`, the end of a block in the
                 last stage. Given, the schedule goes on from there at no cost.
+            domains: those stored, in their order, and further ones, of which no sample was drawn.
 
         Raises:
-            InputError: stored counts cannot be those of the stages: they were made by other
-                weights, and samples would be lost or repeated.
+            InputError: a stored domain is missing, or comes in another order; or stored counts
+                cannot be those of the stages: they were made by other weights, and samples would
+                be lost or repeated.
         """
         sizes = data.get("block_sizes", data["block_size"])
         blocks = sizes if isinstance(sizes, int) else BatchSizes(sizes)
-        schedule = cls(data["domains"], blocks, data["seed"])
+        stored = list(data["domains"])
+        schedule = cls(stored if domains is None else domains, blocks, data["seed"])
+        if [name for name in schedule.domains if name in stored] != stored:
+            raise InputError(
+                f"schedule: domains can be added to {', '.join(stored)}, but these must stay, and "
+                f"in this order"
+            )
+        places = [schedule.domains.index(name) for name in stored]
+
+        def widened(values: Sequence[int]) -> Counts:
+            """An array over the stored domains as one over all of them."""
+            wide_D = np.zeros(len(schedule.domains), dtype=np.int64)
+            if len(values) == len(stored):
+                wide_D[places] = values
+            return wide_D
+
         for row in data["stages"]:
-            start, counts_D = row["start_sample"], np.array(row["start_counts"], dtype=np.int64)
+            start, counts_D = row["start_sample"], widened(row["start_counts"])
             schedule._check_start(start)
-            whole = len(row["integer_weights"]) == len(schedule.domains)
+            whole = len(row["integer_weights"]) == len(row["start_counts"]) == len(stored)
             if not whole or not schedule._follows(start, counts_D):
                 raise InputError(
                     f"schedule: the domain counts stored for stage {len(schedule._stages)} are not "
                     "those its stages lead to; restore the file, or start the run afresh"
                 )
-            weights_D = np.array(row["integer_weights"], dtype=np.int64)
-            schedule._append(start, weights_D, counts_D)
+            schedule._append(start, widened(row["integer_weights"]), counts_D)
         if domain_samples is not None and schedule._stages:
             stage = schedule._stages[-1]
-            counts_D = np.array(domain_samples, dtype=np.int64) - stage.start_counts_D
+            counts_D = widened(domain_samples) - stage.start_counts_D
             schedule._blends[-1].resume(consumed_samples - stage.start_sample, counts_D)
         return schedule
 

@@ -247,9 +247,12 @@ class Checkpointer:
         state.iteration = record["iteration"]
         state.consumed_samples = record["consumed_samples"]
         state.skipped_iterations = record["skipped_iterations"]
+        domains = state.schedule.domains if "domains" in self._allow_changed else None
         state.schedule = MixtureSchedule.from_json(
-            record["schedule"], record["consumed_samples"], record.get("domain_samples")
+            record["schedule"], record["consumed_samples"], record.get("domain_samples"), domains
         )
+        known = record["schedule"]["domains"]
+        state.added_domains = tuple(name for name in state.schedule.domains if name not in known)
         state.ledger = record["ledger"]
         check_same_on_all_ranks(state.schedule.digest(), "the mixture schedule", self._parallel)
         return True

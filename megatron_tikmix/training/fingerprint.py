@@ -63,7 +63,10 @@ def difference(
         allowed: fields that may differ, `checkpoint.allow_changed`.
     """
     for field, value in saved.items():
-        if field not in now or field in allowed or now[field] == value:
+        if field not in now or now[field] == value:
+            continue
+        # Of domains, only that some were added can be meant.
+        if field in allowed and not (field == "domains" and set(value) - set(now[field])):
             continue
         words = _in_words(field, value, now[field])
         if words is not None:

@@ -62,6 +62,7 @@ class Run:
     probe_plan: ProbePlan | None
     boundaries: list[int]
     planned: MixtureSchedule | None
+    initial_mixture: Mixture
     checkpointer: Checkpointer
     recorder: Recorder
     stopping: Stopping | None = None
@@ -96,6 +97,8 @@ def train(run: Run) -> None:
     state = run.state
     if not state.ledger:
         open_stage(run, None, measure(run))
+    elif state.added_domains and not state.done:
+        add_domains(run)
     elif run.at_boundary() and not state.done:
         # A run that had ended here goes on: its end was no boundary, and now it is one.
         reset_mixture(run, measure(run))
@@ -155,6 +158,25 @@ def reset_mixture(run: Run, task_loss: dict[str, float]) -> None:
     state.schedule.append(state.consumed_samples, decision.mixture if decision else at.prior)
     check_same_on_all_ranks(state.schedule.digest(), "the mixture schedule", run.parallel)
     open_stage(run, decision, task_loss)
+
+
+def add_domains(run: Run) -> None:
+    """Open a stage in which domains added on resuming have their share of the initial mixture.
+    Collective."""
+    state, initial = run.state, run.initial_mixture
+    former = Mixture(state.ledger[-1]["weights"])
+    rest = 1 - sum(initial[name] for name in state.added_domains)
+    mixture = Mixture(
+        {
+            name: initial[name] if name in state.added_domains else rest * former[name]
+            for name in run.domains
+        }
+    ).rounded()
+    reason = f"{', '.join(state.added_domains)} added, with the weight of data.initial_mixture"
+    state.schedule.append(state.consumed_samples, mixture)
+    check_same_on_all_ranks(state.schedule.digest(), "the mixture schedule", run.parallel)
+    state.added_domains = ()
+    open_stage(run, Decision(mixture, source="added", reason=reason), measure(run))
 
 
 def boundary(run: Run) -> Boundary:
@@ -322,7 +344,8 @@ def open_stage(run: Run, decision: Decision | None, task_loss: dict[str, float])
         "audit": None,
     }
     if state.ledger:
-        former = Mixture(state.ledger[-1]["weights"])
+        before = state.ledger[-1]["weights"]
+        former = Mixture({name: before.get(name, 0.0) for name in run.domains})
         row["total_variation"] = mixture.total_variation(former)
     if decision is not None:
         row |= decision.to_json()

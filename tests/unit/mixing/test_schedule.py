@@ -91,6 +91,35 @@ def test_resuming_anywhere_goes_on_where_the_run_was(case, random):
         assert copy.domain_counts(at + 40).tolist() == schedule.domain_counts(at + 40).tolist()
 
 
+@given(schedules(), st.randoms())
+@some
+def test_an_added_domain_moves_no_sample(case, random):
+    schedule, end = case
+    names = list(schedule.domains)
+    names.insert(random.randrange(len(names) + 1), "added")
+    stored = json.loads(json.dumps(schedule.to_json()))
+    at = schedule.stages[-1].start_sample
+    wider = MixtureSchedule.from_json(stored, at, schedule.domain_counts(at).tolist(), names)
+    for index in range(end):
+        found, expected = wider.locate(index), schedule.locate(index)
+        assert names[found.domain] == schedule.domains[expected.domain]
+        assert (found.stage, found.k) == (expected.stage, expected.k)
+    assert not wider.domain_counts(end)[names.index("added")]
+    with pytest.raises(InputError, match="must stay, and in this order"):
+        MixtureSchedule.from_json(stored, domains=["added", *schedule.domains[1:]])
+
+
+def test_a_stage_without_a_sample_can_be_taken_back():
+    schedule = MixtureSchedule(["a", "b"], 4, seed=1)
+    schedule.append(0, Mixture({"a": 1.0, "b": 3.0}))
+    digest = schedule.digest()
+    schedule.append(8, Mixture({"a": 3.0, "b": 1.0}))
+    assert not schedule.withdraw(9)
+    assert schedule.withdraw(8)
+    assert schedule.digest() == digest
+    assert not schedule.withdraw(8)
+
+
 @given(schedules(), st.integers(1, 5))
 @some
 def test_a_new_stage_changes_nothing_before_it(case, blocks):
