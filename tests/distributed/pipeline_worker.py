@@ -18,7 +18,6 @@ from megatron_tikmix.pretrain import build_training
 
 VARIANTS = {
     "ours": {},
-    "outputs freed": {"deallocate_pipeline_outputs": True},
     "not overlapped": {"overlap_p2p_comm": False, "batch_p2p_comm": True},
     "ours again": {},
 }

@@ -44,5 +44,4 @@ def test_interleaved_losses_are_right_with_it_and_wrong_without(
         expected = [rows["loss"].sum().item() for rows in sums]
     assert found["ours"] == pytest.approx(expected, rel=1e-5)
     assert found["ours again"] == found["ours"], "nothing is left of the others"
-    for fault in ("outputs freed", "not overlapped"):
-        assert found[fault] != pytest.approx(expected, rel=1e-5), f"mended upstream: {fault}"
+    assert found["not overlapped"] != pytest.approx(expected, rel=1e-5), "mended upstream"
