@@ -7,6 +7,9 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import serialization
 from megatron.core.dist_checkpointing.strategies import common
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+from torch.distributed.checkpoint.api import CheckpointException
+
+__all__ = ["CheckpointException", "options_of_an_asynchronous_save", "writes_of_one_rank"]
 
 
 def writes_of_one_rank() -> list[tuple[Any, str]]:

@@ -12,11 +12,11 @@ from typing import Any
 
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies.async_utils import TemporalAsyncCaller
-from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_tikmix.parallel.collectives import first_problem, max_over_ranks
 from megatron_tikmix.parallel.initialize import Parallel
 from megatron_tikmix.parallel.megatron_versions import (
+    CheckpointException,
     options_of_an_asynchronous_save,
     writes_of_one_rank,
 )

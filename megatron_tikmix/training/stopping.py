@@ -9,10 +9,8 @@ import time
 from types import FrameType, TracebackType
 from typing import Any
 
-import torch
-import torch.distributed as dist
-
 from megatron_tikmix.config import TrainConfig
+from megatron_tikmix.parallel.collectives import max_over_ranks
 from megatron_tikmix.parallel.initialize import Parallel
 
 _log = logging.getLogger(__name__)
@@ -112,9 +110,7 @@ class Stopping:
         """
         code = self._code()
         if self._parallel.world_size > 1:
-            highest = torch.tensor([code], dtype=torch.int32)
-            dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=self._parallel.cpu_group)
-            code = int(highest.item())
+            code = int(max_over_ranks(code, self._parallel))
         if code > _OUT_OF_TIME:
             return signal.Signals(code).name
         if code == _OUT_OF_TIME:
