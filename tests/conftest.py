@@ -157,6 +157,7 @@ def launch(
     ranks: int = 1,
     check: bool = True,
     module: str = "megatron_tikmix",
+    max_restarts: int = 0,
     **environment: str,
 ) -> subprocess.CompletedProcess[str]:
     """Run ``python -m megatron_tikmix`` on `ranks` processes, through torchrun if more than one."""
@@ -164,6 +165,7 @@ def launch(
     config = folder / f"{Path(settings['run_dir']).name}.yaml"
     config.write_text(yaml.safe_dump(settings))
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    torchrun.append(f"--max-restarts={max_restarts}")
     result = subprocess.run(
         [sys.executable, *(torchrun if ranks > 1 else []), "-m", module, str(config)],
         capture_output=True,

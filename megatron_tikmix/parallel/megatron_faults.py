@@ -10,6 +10,8 @@ state of several buckets is saved shifted      :func:`mend_buckets`             
 an output is freed before its send is done     :func:`settle_pipeline`               0.16
 interleaved stages mix up their messages       :func:`settle_pipeline`               0.16
 the fused cross entropy casts to bf16          refused, ``config/checks.py``         0.16 - 0.19
+results of a save travel through a process     :func:`results_without_a_process`     0.16 - 0.19
+that imports torch and outlives a killed rank
 =============================================  ====================================  ==========
 
 ``tests/unit/parallel/test_megatron_faults.py`` and ``tests/distributed/test_pipeline_faults.py``
@@ -17,10 +19,14 @@ show them, and fail when one is gone; but for the output that is freed, which is
 losses were wrong in some runs and right in others.
 """
 
+import queue
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import MethodType
 from typing import Any
 
 import torch
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.model_parallel_config import ModelParallelConfig
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
@@ -38,6 +44,22 @@ def settle_pipeline(config: ModelParallelConfig) -> None:
     config.deallocate_pipeline_outputs = False
     if config.virtual_pipeline_model_parallel_size:
         config.overlap_p2p_comm, config.batch_p2p_comm = True, False
+
+
+@contextmanager
+def results_without_a_process() -> Iterator[None]:
+    """Let a save that runs in this process keep its results here; around `dist_checkpointing.save`.
+
+    megatron-core sends them through the server process of a multiprocessing manager, which a save
+    in the background does need. It is spawned, so it imports torch anew, for seconds, and it stays
+    behind for good when its rank is killed.
+    """
+    former = vars(filesystem_async).get("_results_queue")
+    setattr(filesystem_async, "_results_queue", queue.Queue())  # noqa: B010
+    try:
+        yield
+    finally:
+        setattr(filesystem_async, "_results_queue", former)  # noqa: B010
 
 
 def mend_torch_adam(optimizer: MegatronOptimizer) -> None:

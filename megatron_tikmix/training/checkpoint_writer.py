@@ -6,7 +6,7 @@ these failures are noted and told afterwards, with all the others.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from megatron.core.dist_checkpointing.strategies.async_utils import TemporalAsyn
 
 from megatron_tikmix.parallel.collectives import first_problem, max_over_ranks
 from megatron_tikmix.parallel.initialize import Parallel
+from megatron_tikmix.parallel.megatron_faults import results_without_a_process
 from megatron_tikmix.parallel.megatron_versions import (
     CheckpointException,
     options_of_an_asynchronous_save,
@@ -35,7 +36,8 @@ class ShardSaving:
         self._parallel = parallel
         self._problems: list[str] = []
         self._caller = TemporalAsyncCaller()
-        with _noted(self._problems):
+        in_process = nullcontext() if in_background else results_without_a_process()
+        with _noted(self._problems), in_process:
             request = dist_checkpointing.save(
                 sharded_state,
                 str(path),

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from megatron_tikmix.training.loop import Run, train_interval
@@ -36,3 +37,17 @@ def test_training_goes_on_while_a_checkpoint_is_written(
         train_interval(run, until=2)
         assert run.checkpointer.save(run.state, wait=True)
         assert pointer.read_text() == "2\n"
+
+
+def test_a_save_that_is_waited_for_leaves_no_process_behind(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    """megatron-core's would leave one for good when its rank is killed."""
+    before = set(psutil.Process().children(recursive=True))
+    with one_rank(settings, tmp_path) as run:
+        train_interval(run, until=1)
+        assert run.checkpointer.save(run.state)
+        after = set(psutil.Process().children(recursive=True)) - before
+    assert not [
+        child.cmdline() for child in after if "resource_tracker" not in str(child.cmdline())
+    ]
