@@ -102,7 +102,16 @@ def initialize(
         os.environ.setdefault(name, value)
     os.environ.setdefault("MASTER_PORT", "0")  # a job of one: any free port
     timeout = timedelta(minutes=timeout_minutes)
-    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timeout)
+    # When torchrun restarts a job, its store still has the addresses of the ranks that are gone.
+    store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    dist.init_process_group(
+        "nccl" if on_gpu else "gloo",
+        timeout=timeout,
+        store=dist.PrefixStore(f"attempt_{attempt}", store),
+        rank=rank,
+        world_size=world_size,
+    )
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=model.tensor_model_parallel_size,
         pipeline_model_parallel_size=model.pipeline_model_parallel_size,

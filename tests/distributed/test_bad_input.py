@@ -45,10 +45,7 @@ CASES = {
     "heads and groups": ({"model.num_query_groups": 3}, "num_query_groups"),
     "no learning rate": ({"optimizer.lr": None}, "optimizer.lr must be given"),
     "warm-up": ({"scheduler.lr_warmup_iters": 50}, "scheduler.lr_warmup_iters (50)"),
-    "sequence parallel": (
-        {"model.sequence_parallel": True, "model.tensor_model_parallel_size": 2},
-        "sequence_parallel",
-    ),
+    "sequence parallel": ({"model.sequence_parallel": True}, "model.sequence_parallel"),
     "sub-batches": ({"probe.sub_batches": 2}, "probe.sub_batches"),
     "constraints that conflict": (
         {"remix.constraints": {"lower": {"low": 0.6}, "upper": {"low": 0.5}}},
