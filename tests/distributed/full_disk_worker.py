@@ -11,10 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from megatron_tikmix.__main__ import main
-from megatron_tikmix.training.checkpoint_writer import (
-    FileSystemWriterAsync,
-    TorchCommonSaveStrategy,
-)
+from megatron_tikmix.parallel.megatron_versions import writes_of_one_rank
 
 RANK = int(os.environ["RANK"])
 
@@ -46,11 +43,10 @@ def full_for_tensors() -> None:
 
 
 full_for_tensors()
-for owner, name, folder in (
-    (TorchCommonSaveStrategy, "save_common", "iter_0000008"),
-    (FileSystemWriterAsync, "finish", "iter_0000010"),
-):
-    setattr(owner, name, failing(getattr(owner, name), 0, folder))
+FULL_FOR = {"save_common": "iter_0000008", "finish": "iter_0000010"}
+for owner, name in writes_of_one_rank():
+    if name in FULL_FOR:
+        setattr(owner, name, failing(getattr(owner, name), 0, FULL_FOR[name]))
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))
