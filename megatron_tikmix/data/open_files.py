@@ -50,6 +50,7 @@ class _OpenTokens:
         index = self.dataset.index
         self.lengths, self.offsets = index.sequence_lengths, index.sequence_pointers
         self._dtype = np.dtype(index.dtype)
+        self._itemsize = self._dtype.itemsize
         self._path = f"{prefix}.bin"
         self._descriptor = os.open(self._path, os.O_RDONLY)
         weakref.finalize(self, os.close, self._descriptor)
@@ -60,25 +61,24 @@ class _OpenTokens:
         Raises:
             InputError: names the file and the byte that cannot be read.
         """
-        at = int(self.offsets[idx]) + offset * self._dtype.itemsize
-        left, parts = length * self._dtype.itemsize, []
-        while left > 0:
-            try:
-                part = os.pread(self._descriptor, left, at)
-            except OSError as error:
-                raise InputError(
-                    f"{self._path} cannot be read at byte {at}: {error.strerror}; see to the disk, "
-                    f"and start again to resume from the newest checkpoint"
-                ) from error
-            if not part:
-                raise InputError(
-                    f"{self._path} ends before byte {at}, which training needs: it was cut short "
-                    f"since training began; put it back, and start again to resume from the "
-                    f"newest checkpoint"
-                )
-            parts.append(part)
-            left, at = left - len(part), at + len(part)
-        return np.frombuffer(parts[0] if len(parts) == 1 else b"".join(parts), self._dtype)
+        at, size = self.offsets.item(idx) + offset * self._itemsize, length * self._itemsize
+        try:
+            data = os.pread(self._descriptor, size, at)  # the whole, but at the end of a file
+            while len(data) < size:
+                more = os.pread(self._descriptor, size - len(data), at + len(data))
+                if not more:
+                    raise InputError(
+                        f"{self._path} ends before byte {at + len(data)}, which training needs: it "
+                        f"was cut short since training began; put it back, and start again to "
+                        f"resume from the newest checkpoint"
+                    )
+                data += more
+        except OSError as error:
+            raise InputError(
+                f"{self._path} cannot be read at byte {at}: {error.strerror}; see to the disk, and "
+                f"start again to resume from the newest checkpoint"
+            ) from error
+        return np.frombuffer(data, self._dtype)
 
 
 # Each costs 2 descriptors and a memory map; 1,024 and 65,530 are the usual limits of a process.
@@ -113,5 +113,5 @@ class TokenFile:
         """
         opened = self._opened()
         if length is None:
-            length = int(opened.lengths[idx]) - offset
+            length = opened.lengths.item(idx) - offset
         return opened.read(idx, offset, length)
