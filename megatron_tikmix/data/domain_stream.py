@@ -145,7 +145,10 @@ class DomainStream:
                 self._epochs[epoch] = former.get(epoch) or self._build(epoch)
 
     def _samples_of(self, epoch: int) -> GPTDataset:
-        if epoch not in self._epochs and epoch not in self._shared:
+        samples = self._epochs.get(epoch)
+        if samples is not None:  # as a rule
+            return samples
+        if epoch not in self._shared:
             if get_worker_info() is not None:
                 raise RuntimeError(f"domain {self.name}: epoch {epoch} was not prepared")
             self.prepare([epoch])
