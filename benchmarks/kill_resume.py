@@ -20,12 +20,11 @@ import json
 import os
 import shutil
 import signal
-import socket
 import sys
 import tempfile
 import time
-import traceback
 from collections.abc import Callable, Sequence
+from functools import partial
 from multiprocessing import Array
 from pathlib import Path
 from typing import Any
@@ -35,6 +34,8 @@ import torch
 import yaml
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from forked_ranks import fork_rank, free_port
 
 import megatron_tikmix.pretrain as entry
 from megatron_tikmix.config import load_config
@@ -74,35 +75,18 @@ class Attempt:
 
     def __init__(self, config: Path, records: Path, number: int) -> None:
         self.phase = Array("b", RANKS, lock=False)
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = free_port()
         records.mkdir(exist_ok=True)
         self._log = records / f"{number}.log"
-        self.ranks = [self._fork(rank, config, records, number, port) for rank in range(RANKS)]
-        self.codes: dict[int, int] = {}
 
-    def _fork(self, rank: int, config: Path, records: Path, number: int, port: int) -> int:
-        process = os.fork()
-        if process:
-            return process
-        code = 1
-        try:
-            log = os.open(self._log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-            os.dup2(log, 1)
-            os.dup2(log, 2)
-            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(RANKS)}
-            os.environ |= {"LOCAL_WORLD_SIZE": str(RANKS), "MASTER_ADDR": "127.0.0.1"}
-            os.environ |= {"MASTER_PORT": str(port)}
+        def train(rank: int) -> None:
             watch(self.phase, rank, records, number)
             entry.pretrain(*load_config([str(config)]))
-            code = 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
+
+        self.ranks = [
+            fork_rank(rank, RANKS, port, self._log, partial(train, rank)) for rank in range(RANKS)
+        ]
+        self.codes: dict[int, int] = {}
 
     def running(self) -> list[int]:
         for process in self.ranks:

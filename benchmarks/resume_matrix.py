@@ -11,17 +11,18 @@ import argparse
 import json
 import os
 import shutil
-import socket
 import sys
 import tempfile
-import traceback
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from forked_ranks import fork_rank, free_port
 
 import megatron_tikmix.pretrain as entry
 from megatron_tikmix.config import load_config
@@ -71,44 +72,28 @@ def run_at(layout: Sequence[int], run_dir: Path, manifest: Path, **changes: Any)
     config = records / "config.yaml"
     config.write_text(yaml.safe_dump(settings))
     ranks = tensor * pipeline * data
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    processes = [_fork(rank, ranks, port, config, records) for rank in range(ranks)]
+    port = free_port()
+    processes = [
+        fork_rank(rank, ranks, port, records / "log", partial(_train, rank, config, records))
+        for rank in range(ranks)
+    ]
     codes = [os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in processes]
     if any(codes):
         raise RuntimeError(f"{layout}: {codes}\n{(records / 'log').read_text()}")
     return records
 
 
-def _fork(rank: int, ranks: int, port: int, config: Path, records: Path) -> int:
-    process = os.fork()
-    if process:
-        return process
-    code = 1
-    try:
-        log = os.open(records / "log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(log, 1)
-        os.dup2(log, 2)
-        of_rank = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
-        os.environ |= {name: str(value) for name, value in of_rank.items()}
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        read = BlendedDataset.__getitems__
+def _train(rank: int, config: Path, records: Path) -> None:
+    """In a rank's process: train, and write down which samples are read."""
+    read = BlendedDataset.__getitems__
 
-        def recorded(self: BlendedDataset, indices: Sequence[int]) -> Any:
-            for index in indices:
-                append_jsonl(records / f"{rank}.jsonl", {"index": index})
-            return read(self, indices)
+    def recorded(self: BlendedDataset, indices: Sequence[int]) -> Any:
+        for index in indices:
+            append_jsonl(records / f"{rank}.jsonl", {"index": index})
+        return read(self, indices)
 
-        BlendedDataset.__getitems__ = recorded  # type: ignore[method-assign]
-        entry.pretrain(*load_config([str(config)]))
-        code = 0
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+    BlendedDataset.__getitems__ = recorded  # type: ignore[method-assign]
+    entry.pretrain(*load_config([str(config)]))
 
 
 def went_on(layout: Sequence[int], run_dir: Path, records: Path) -> dict[str, Any]:

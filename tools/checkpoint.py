@@ -23,6 +23,7 @@ from megatron_tikmix.mixing import MixtureSchedule
 from megatron_tikmix.monitoring.formatting import clean
 from megatron_tikmix.monitoring.run_files import json_line
 from megatron_tikmix.training.checkpoint_files import (
+    MANIFEST,
     RECORD,
     CheckpointFolder,
     damage,
@@ -87,7 +88,7 @@ def verify(path: Path) -> Answer:
         files = checkpoints_of(path)
         paths = [files.path(iteration) for iteration in files.iterations()]
     rows = [
-        {"path": str(one), "damage": damage(one), "checksums": (one / "manifest.json").exists()}
+        {"path": str(one), "damage": damage(one), "checksums": (one / MANIFEST).exists()}
         for one in paths
     ]
     return {"whole": all(row["damage"] is None for row in rows), "checkpoints": rows}

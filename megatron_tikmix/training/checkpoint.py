@@ -260,10 +260,11 @@ class Checkpointer:
     def _chosen(self, iteration: int | None) -> dict[str, Any] | None:
         """The record of the checkpoint to load, the same on every rank; None: start anew."""
         # Looked up once: ranks that saw different files would resume different runs.
-        there = broadcast_object(
-            (self._files.iterations(), self._files.newest_first()), self._parallel
-        )
-        complete, candidates = there
+        there = None
+        if self._parallel.is_main:
+            files = self._files
+            there = files.iterations(), files.newest_first(), files.pointer.exists()
+        complete, candidates, begun = broadcast_object(there, self._parallel)
         if iteration is not None:
             if iteration not in complete:
                 raise InputError(
@@ -271,7 +272,7 @@ class Checkpointer:
                     f"{', '.join(map(str, complete)) or 'none'}"
                 )
             candidates = [iteration]
-        elif not candidates and not broadcast_object(self._files.pointer.exists(), self._parallel):
+        elif not candidates and not begun:
             return None
         problems: list[str] = []
         for candidate in candidates:

@@ -147,28 +147,31 @@ def damage(checkpoint: Path, share: int = 0, shares: int = 1) -> str | None:
     """What is wrong with a checkpoint, naming a file of it; None if it is whole.
 
     Args:
-        share, shares: of the files' contents only this one of so many equal shares is read.
+        share, shares: of the files only this one of so many equal shares is looked at, so that
+            each is looked at once by as many ranks; the record belongs to the first share.
     """
     try:
         manifest = read_manifest(checkpoint)
-        read_record(checkpoint)
+        if share == 0:
+            read_record(checkpoint)
     except InputError as error:
         return str(error)
-    if manifest is None:
-        return None
-    for name, file in manifest.items():
-        path = checkpoint / name
-        if not path.is_file():
-            return f"{path} is missing"
-        if path.stat().st_size != file["bytes"]:
-            return f"{path} has {path.stat().st_size} bytes and was written with {file['bytes']}"
-    for name in sorted(manifest)[share::shares]:
-        path = checkpoint / name
-        try:
-            if _digest(path) != manifest[name]["sha256"]:
-                return f"{path} does not have the checksum that it was written with"
-        except OSError as error:
-            return f"{path} cannot be read: {error}"
+    of_share = sorted((manifest or {}).items())[share::shares]
+    problems = (_damage_of(checkpoint / name, written) for name, written in of_share)
+    return next((problem for problem in problems if problem is not None), None)
+
+
+def _damage_of(path: Path, written: Mapping[str, Any]) -> str | None:
+    if not path.is_file():
+        return f"{path} is missing"
+    size = path.stat().st_size
+    if size != written["bytes"]:
+        return f"{path} has {size} bytes and was written with {written['bytes']}"
+    try:
+        if _digest(path) != written["sha256"]:
+            return f"{path} does not have the checksum that it was written with"
+    except OSError as error:
+        return f"{path} cannot be read: {error}"
     return None
 
 
