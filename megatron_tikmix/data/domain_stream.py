@@ -6,6 +6,7 @@ import os
 import shutil
 from collections import OrderedDict
 from collections.abc import Iterable
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,6 @@ logging.getLogger("megatron.core.datasets.gpt_dataset").setLevel(logging.ERROR)
 SMALL_INDEX_BYTES = 2**18
 """An index up to this size is kept in memory by each rank; larger ones lie on disk, shared."""
 
-# Each costs 3 descriptors and 3 memory maps.
-_OPEN_INDICES: RecentlyUsed[GPTDataset] = RecentlyUsed(64)
-
 
 class _EndOfDocument:
     """What GPTDataset asks of a tokenizer: the samples are tokens already."""
@@ -42,6 +40,31 @@ class _EndOfDocument:
         self.unique_identifiers = OrderedDict({"class": "end_of_document", "eod": str(eod)})
 
 
+class _Epoch(GPTDataset):
+    """A GPTDataset without the passes over a sample that only padding and masks need.
+
+    No sample of ours is padded, and document boundaries are applied to whole micro-batches.
+    """
+
+    def __getitem__(self, index: int | None) -> Sample:
+        text, _ = self._query_document_sample_shuffle_indices(index)
+        tokens = torch.from_numpy(text).long()
+        return {
+            "tokens": tokens[:-1],
+            "labels": tokens[1:],
+            "loss_mask": torch.ones(len(tokens) - 1),
+            "position_ids": self._positions,
+        }
+
+    @cached_property
+    def _positions(self) -> torch.Tensor:
+        return torch.arange(self.config.sequence_length)
+
+
+# Each costs 3 descriptors and 3 memory maps.
+_OPEN_INDICES: RecentlyUsed[_Epoch] = RecentlyUsed(64)
+
+
 class DomainStream:
     """An endless stream of one domain's samples, in epochs.
 
@@ -50,7 +73,8 @@ class DomainStream:
     ⌊(tokens − 1) / sequence_length⌋ samples once. Making a stream opens nothing: of all streams
     of a process, a bounded number of files is open at a time.
 
-    Tensors of a sample are its own, but for ``position_ids``, which all share.
+    A sample's ``tokens`` and ``labels`` are views of the same memory, and all share
+    ``position_ids``: what a batch is made of is copied.
 
     Args:
         name: the domain, used in the seed and in messages.
@@ -95,7 +119,7 @@ class DomainStream:
         # Where each sample starts (document, offset), the samples' order and the documents'.
         small = 12 * self.samples_per_epoch + 4 * count <= SMALL_INDEX_BYTES
         self._index_folder = None if small or documents is not None else index_folder
-        self._epochs: dict[int, GPTDataset] = {}  # in memory
+        self._epochs: dict[int, _Epoch] = {}  # in memory
         self._shared: dict[int, Path] = {}  # on disk
 
     def __getitem__(self, k: int) -> Sample:
@@ -144,7 +168,7 @@ class DomainStream:
             else:
                 self._epochs[epoch] = former.get(epoch) or self._build(epoch)
 
-    def _samples_of(self, epoch: int) -> GPTDataset:
+    def _samples_of(self, epoch: int) -> _Epoch:
         samples = self._epochs.get(epoch)
         if samples is not None:  # as a rule
             return samples
@@ -176,7 +200,7 @@ class DomainStream:
         key = hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
         return self._index_folder / f"{self.name}-epoch{epoch}-{key}"
 
-    def _build(self, epoch: int, folder: Path | None = None) -> GPTDataset:
+    def _build(self, epoch: int, folder: Path | None = None) -> _Epoch:
         """The epoch's samples; the index comes from `folder` if it is there, or is put there."""
         config = GPTDatasetConfig(
             random_seed=derived_seed(self.seed, self.name, epoch),
@@ -191,13 +215,12 @@ class DomainStream:
         documents = self._documents
         if documents is None:
             documents = np.arange(len(self._tokens.sequence_lengths), dtype=np.int32)
-        samples = GPTDataset(self._tokens, None, documents, None, Split.train, config)
+        samples = _Epoch(self._tokens, None, documents, None, Split.train, config)
         if len(samples) != self.samples_per_epoch:
             raise InputError(
                 f"domain {self.name}: {self._split.idx_path} does not hold the "
                 f"{self._split.tokens} tokens that its manifest says; {AGAIN}"
             )
-        samples[0]  # the first one asked for shares its mask with GPTDataset, the others do not
         return samples
 
     def padding(self) -> Sample:

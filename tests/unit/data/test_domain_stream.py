@@ -7,13 +7,18 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+from megatron.core.datasets.utils import Split
 
 from megatron_tikmix.config import TaskConfig
-from megatron_tikmix.data.domain_stream import DomainStream
+from megatron_tikmix.data.domain_stream import DomainStream, _EndOfDocument
 from megatron_tikmix.data.domains import DomainManifest
 from megatron_tikmix.data.loader import MicroBatchSampler
 from megatron_tikmix.data.tasks import build_task, micro_batches
 from megatron_tikmix.errors import InputError
+from megatron_tikmix.seeds import derived_seed
+from tests.conftest import EOD, VOCAB_SIZE
 
 SEQUENCE = 32
 
@@ -44,8 +49,6 @@ def test_an_epoch_serves_floor_of_tokens_over_length_samples(corpus: Path) -> No
 
 def test_every_epoch_serves_each_token_once(corpus: Path) -> None:
     """Counted by token: an epoch drops only the tail, at most sequence_length of them."""
-    from megatron.core.datasets.indexed_dataset import IndexedDataset
-
     samples = stream(corpus)
     prefix = DomainManifest.load(corpus).split("low", "train").prefix
     documents = IndexedDataset(str(prefix))
@@ -72,6 +75,29 @@ def test_samples_do_not_share_memory(corpus: Path) -> None:
     samples = stream(corpus)
     samples[0]["loss_mask"].zero_()
     assert samples[1]["loss_mask"].sum() == SEQUENCE
+
+
+def test_samples_are_those_of_megatrons_own_dataset(corpus: Path) -> None:
+    split = DomainManifest.load(corpus).split("low", "train")
+    config = GPTDatasetConfig(
+        random_seed=derived_seed(3, "low", 0),
+        sequence_length=SEQUENCE,
+        tokenizer=_EndOfDocument(EOD, VOCAB_SIZE),
+        reset_position_ids=False,
+        reset_attention_mask=False,
+        eod_mask_loss=False,
+        create_attention_mask=False,
+    )
+    tokens = IndexedDataset(str(split.prefix))
+    documents = np.arange(split.documents, dtype=np.int32)
+    expected = GPTDataset(tokens, None, documents, None, Split.train, config)
+    samples = stream(corpus, "low", seed=3)
+    assert samples.samples_per_epoch == len(expected)
+    for k in range(len(expected)):
+        assert samples[k].keys() == expected[k].keys()
+        for name, value in expected[k].items():
+            assert samples[k][name].equal(value)
+            assert samples[k][name].dtype == value.dtype
 
 
 def test_too_few_tokens_for_a_sample_are_refused(corpus: Path) -> None:
