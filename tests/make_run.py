@@ -196,6 +196,8 @@ def _step(
         "grad_norm": float(rng.uniform(0.5, 1.5)),
         "tokens_per_second": float(rng.uniform(8000, 9500)),
         "memory_bytes": 500_000_000 + 1000 * iteration,
+        "skipped_iterations": iteration // 50,
+        "loss_spikes": iteration // 40,
         "domain_loss": {name: loss + float(rng.normal(0, 0.2)) for name in seen},
         "domain_samples": _named(domains, drawn_D),
     }

@@ -121,6 +121,8 @@ def _of_step(stage: Row, row: Row, length: int) -> Iterator[tuple[str, float | N
     yield "grad-norm", row["grad_norm"]
     yield "tokens-per-second", row["tokens_per_second"]
     yield "mem-max-allocated-bytes", row["memory_bytes"]
+    yield "skipped-iterations", row["skipped_iterations"]
+    yield "loss-spikes", row["loss_spikes"]
     yield from _named("domain_loss", row["domain_loss"])
     since = {n: count - stage["domain_samples"][n] for n, count in row["domain_samples"].items()}
     total = sum(since.values())

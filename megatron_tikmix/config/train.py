@@ -51,9 +51,13 @@ class TrainConfig:
     """An update whose gradient is not finite is skipped and counted, as in Megatron; the run ends
     with an error after so many in a row."""
 
+    loss_spike_factor: float | None = 1.5
+    """Warn of logged losses of more than so many times what the domains of their samples had of
+    late, and count them; null: do not. They are trained on all the same."""
+
     def __post_init__(self) -> None:
         require(self.max_skipped_iterations > 0, "train.max_skipped_iterations", "must be positive")
-        for name in ("exit_interval", "exit_duration_in_mins"):
+        for name in ("exit_interval", "exit_duration_in_mins", "loss_spike_factor"):
             value = getattr(self, name)
             require(value is None or value > 0, f"train.{name}", "must be positive")
         for name in ("train_iters", "micro_batch_size", "global_batch_size", "log_interval"):

@@ -26,12 +26,22 @@ Row = dict[str, Any]
 
 
 def append_jsonl(path: str | Path, row: Mapping[str, Any]) -> None:
-    """Append `row` as one line of JSON, onto the disk. Numbers that are not finite become null."""
-    with open(path, "a+b") as file:
+    """Append `row` as one line of JSON, onto the disk. Numbers that are not finite become null.
+
+    Raises:
+        OSError: the disk is full, say; the file is then what it was.
+    """
+    with open(path, "a+b", buffering=0) as file:
         _mend_torn_tail(file)
-        file.write(json_line(row).encode("ascii"))
-        file.flush()
-        os.fsync(file.fileno())
+        end = file.seek(0, os.SEEK_END)
+        try:
+            line = memoryview(json_line(row).encode("ascii"))
+            while line:
+                line = line[file.write(line) :]
+            os.fsync(file.fileno())
+        except OSError:
+            file.truncate(end)
+            raise
 
 
 def json_line(row: Mapping[str, Any]) -> str:

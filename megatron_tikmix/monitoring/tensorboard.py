@@ -28,6 +28,8 @@ MEGATRON_TAGS = {
     "grad_norm": "grad-norm",
     "tokens_per_second": "tokens-per-second",
     "memory_bytes": "mem-max-allocated-bytes",
+    "skipped_iterations": "skipped-iterations",
+    "loss_spikes": "loss-spikes",
 }
 SOLVER_TAGS = {"objective": "objective", "solve_seconds": "seconds"}
 CERTIFICATE_TAGS = {"gap": "duality_gap", "lower_bound": "lower_bound", "violation": "violation"}

@@ -61,6 +61,7 @@ def layout_of(
             lines("training", r"^lm loss$"),
             lines("training, by domain", r"^domain_loss/"),
             lines("validation, by task", r"^validation/loss/", r"^validation/mean_loss$"),
+            lines("skipped updates, loss spikes", r"^(skipped-iterations|loss-spikes)$"),
         ],
         "decision": [
             lines("predicted gain, by task", r"^predicted_gain/"),

@@ -4,7 +4,7 @@ import json
 import logging
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ from megatron_tikmix.training.checkpoint_writer import ShardSaving
 from megatron_tikmix.training.evaluate import gathered_parameters
 from megatron_tikmix.training.fingerprint import difference
 from megatron_tikmix.training.rng import rng_state, set_rng_state
+from megatron_tikmix.training.spikes import LossSpikes
 from megatron_tikmix.training.state import TrainState
 
 _log = logging.getLogger(__name__)
@@ -207,6 +208,7 @@ class Checkpointer:
             "iteration": state.iteration,
             "consumed_samples": state.consumed_samples,
             "skipped_iterations": state.skipped_iterations,
+            "loss_spikes": asdict(state.spikes),
             "layout": self._layout(),
             "fingerprint": self._fingerprint,
             "schedule": state.schedule.to_json(),
@@ -247,6 +249,7 @@ class Checkpointer:
         state.iteration = record["iteration"]
         state.consumed_samples = record["consumed_samples"]
         state.skipped_iterations = record["skipped_iterations"]
+        state.spikes = LossSpikes(**record.get("loss_spikes", {}))
         domains = state.schedule.domains if "domains" in self._allow_changed else None
         state.schedule = MixtureSchedule.from_json(
             record["schedule"], record["consumed_samples"], record.get("domain_samples"), domains

@@ -221,12 +221,12 @@ def train_interval(run: Run, until: int) -> dict[str, Any]:
         if run.stopping is not None and not state.done:
             run.stop_reason = run.stopping.reason(state.iteration)
         if state.iteration == until or run.stop_reason is not None:
-            return metrics_row(state, result, meter)
+            return metrics_row(run, result, meter)
         every = run.config.checkpoint.save_interval
         saving = every is not None and state.iteration % every == 0
         # Saving starts the meter anew, as a resumed run will, so that both write the same rows.
         if saving or state.iteration % config.log_interval == 0:
-            run.recorder.step(metrics_row(state, result, meter), realised_mixture(run))
+            run.recorder.step(metrics_row(run, result, meter), realised_mixture(run))
         if saving:
             run.place = f"the save at iteration {state.iteration}"
             run.checkpointer.save(state)
@@ -259,9 +259,20 @@ def check_finite(run: Run, result: StepResult) -> None:
         )
 
 
-def metrics_row(state: TrainState, result: StepResult, meter: "LossMeter") -> dict[str, Any]:
-    """A row of metrics.jsonl. Collective."""
-    lm_loss, domain_loss, tokens_per_second = meter.collect()
+def metrics_row(run: Run, result: StepResult, meter: "LossMeter") -> dict[str, Any]:
+    """A row of metrics.jsonl. Collective. Counts and tells a loss spike."""
+    state = run.state
+    lm_loss, domain_loss, domain_tokens, tokens_per_second = meter.collect()
+    spike = state.spikes.see(domain_loss, domain_tokens, run.config.train.loss_spike_factor)
+    if spike is not None and run.parallel.is_main:
+        _log.warning(
+            "loss spike: the loss up to iteration %d is %.4g, %.2f times what its domains had of "
+            "late (%d spikes so far)",
+            state.iteration,
+            lm_loss,
+            spike,
+            state.spikes.count,
+        )
     return {
         "iteration": state.iteration,
         "consumed_samples": state.consumed_samples,
@@ -271,6 +282,7 @@ def metrics_row(state: TrainState, result: StepResult, meter: "LossMeter") -> di
         "tokens_per_second": tokens_per_second,
         "memory_bytes": meter.peak_memory_bytes(),
         "skipped_iterations": state.skipped_iterations,
+        "loss_spikes": state.spikes.count,
         "domain_loss": domain_loss,
         "domain_samples": drawn(state),
     }
@@ -382,17 +394,21 @@ class LossMeter:
         mine = peak_memory_bytes(self._parallel.device)
         return int(max_over_ranks(mine, self._parallel))
 
-    def collect(self) -> tuple[float, dict[str, float], float]:
-        """Mean loss, mean loss of each domain seen, and tokens/s. Collective; starts anew."""
+    def collect(self) -> tuple[float, dict[str, float], dict[str, float], float]:
+        """Mean loss; mean loss and tokens by domain; tokens/s. Collective; starts anew."""
         loss_D, tokens_D = sum_over_ranks(self._sums_D2, self._parallel).unbind(dim=1)
         seconds = time.perf_counter() - self._started
         self._sums_D2.zero_()
         self._started = time.perf_counter()
-        by_domain = {
-            name: (loss / tokens).item()
-            for name, loss, tokens in zip(self._domains, loss_D, tokens_D, strict=True)
+        seen = {
+            name: (loss, tokens)
+            for name, loss, tokens in zip(
+                self._domains, loss_D.tolist(), tokens_D.tolist(), strict=True
+            )
             if tokens > 0
         }
+        domain_loss = {name: loss / tokens for name, (loss, tokens) in seen.items()}
+        domain_tokens = {name: tokens for name, (_, tokens) in seen.items()}
         tokens = tokens_D.sum().item()
         mean = loss_D.sum().item() / tokens if tokens else math.nan  # every update was skipped
-        return mean, by_domain, tokens / seconds
+        return mean, domain_loss, domain_tokens, tokens / seconds

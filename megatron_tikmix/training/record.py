@@ -1,7 +1,13 @@
-"""What a run writes down: files, TensorBoard and terminal, all by the main rank."""
+"""What a run writes down: files, TensorBoard and terminal, all by the main rank.
 
+A full disk does not end a run: rows that it refuses are written later, TensorBoard's events are
+left out, and either is told.
+"""
+
+import logging
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +32,47 @@ from megatron_tikmix.training.state import TrainState
 
 Row = dict[str, Any]
 
+_log = logging.getLogger(__name__)
+
+
+class RowFile:
+    """A file of rows, one appended at a time; those that the disk refuses are written later."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._waiting: list[Row] = []
+
+    def append(self, row: Row) -> bool:
+        """Write the rows that wait and this one; False if the disk still refuses."""
+        self._waiting.append(row)
+        return self.write_waiting()
+
+    def write_waiting(self) -> bool:
+        """False if there is no room yet. It is told when that begins, and when it ends."""
+        number = len(self._waiting)
+        try:
+            while self._waiting:
+                append_jsonl(self._path, self._waiting[0])
+                del self._waiting[0]
+        except OSError as error:
+            if number == 1:
+                _log.error(
+                    "A ROW OF %s WAS NOT WRITTEN: %s; training goes on, rows are kept in memory "
+                    "and written when there is room",
+                    self._path,
+                    error.strerror,
+                )
+            return False
+        if number > 1:
+            _log.warning("%s is whole again: %d rows were written late", self._path, number - 1)
+        return True
+
+    def close(self) -> None:
+        """Write what waits, for the last time."""
+        if not self.write_waiting():
+            _log.error("%d rows of %s are lost", len(self._waiting), self._path)
+            self._waiting.clear()
+
 
 class Recorder:
     """Every rank has one and calls it alike; on all but the main rank it does nothing."""
@@ -39,6 +86,9 @@ class Recorder:
         # Both are there between `begin` and the end, on the main rank.
         self._terminal: Terminal | None = None
         self._tensorboard: TensorBoardWriter | None = None
+        self._metrics = RowFile(self._folder / "metrics.jsonl")
+        self._ledger = RowFile(self._folder / "mixture.jsonl")
+        self._weights: Mapping[str, float] | None = None  # in force
 
     def open_folder(self) -> None:
         """Make the run's folder.
@@ -62,22 +112,21 @@ class Recorder:
         """Open the files, brought back to where the run (re)starts, and tell the plan.
 
         Raises:
-            InputError: a file that an earlier start wrote is damaged.
+            InputError: a file that an earlier start wrote is damaged, or one cannot be written.
         """
         if not self._main:
             return
-        write_whole(self._folder / "config.yaml", self._resolved)
-        dropped = self._reconcile(state)
-        start = start_row(self._config, self._parallel, state.iteration)
-        append_jsonl(self._folder / "starts.jsonl", start)
-        self._tensorboard = TensorBoardWriter(
-            self._folder / "tensorboard",
+        try:
+            write_whole(self._folder / "config.yaml", self._resolved)
+            dropped = self._reconcile(state)
+            start = start_row(self._config, self._parallel, state.iteration)
+            append_jsonl(self._folder / "starts.jsonl", start)
+            self._weights = state.ledger[-1]["weights"] if state.ledger else None
             # What an earlier start wrote from here on is hidden.
-            purge_step=state.iteration + 1 if state.iteration else 0,
-            sequence_length=self._config.data.sequence_length,
-            in_force=state.ledger[-1]["weights"] if state.ledger else None,
-        )
-        self._tensorboard.hparams(yaml.safe_load(self._resolved))
+            self._tensorboard = self._events(state.iteration + 1 if state.iteration else 0)
+            self._tensorboard.hparams(yaml.safe_load(self._resolved))
+        except OSError as error:
+            raise InputError(f"run_dir {self._folder} cannot be written to: {error}") from error
         self._terminal = Terminal(self._config.train.train_iters, start_iteration=state.iteration)
         if state.iteration:
             plan += f"\nresumed      at iteration {state.iteration} from the newest checkpoint" + (
@@ -87,9 +136,9 @@ class Recorder:
 
     def step(self, row: Row, realised: Mapping[str, float]) -> None:
         """A row of metrics.jsonl, and each domain's share of the stage's samples so far."""
-        if self._terminal and self._tensorboard:
-            append_jsonl(self._folder / "metrics.jsonl", row)
-            self._tensorboard.step(row, realised)
+        if self._terminal:
+            written = self._metrics.append(row)
+            self._to_tensorboard(lambda events: events.step(row, realised), written)
             self._terminal.step(row)
 
     def evaluation(self, iteration: int, task_loss: Mapping[str, float]) -> None:
@@ -117,11 +166,12 @@ class Recorder:
 
     def stage(self, ledger: list[Row]) -> None:
         """The ledger's last row, which has just been added."""
-        if not self._terminal or not self._tensorboard:
+        if not self._terminal:
             return
         row, former = ledger[-1], ledger[-2] if len(ledger) > 1 else None
-        append_jsonl(self._folder / "mixture.jsonl", row)
-        self._tensorboard.stage(row, former)
+        written = self._ledger.append(row)
+        self._to_tensorboard(lambda events: events.stage(row, former), written)
+        self._weights = row["weights"]
         if former is not None:
             length = self._config.data.sequence_length
             tokens = {name: count * length for name, count in row["domain_samples"].items()}
@@ -143,7 +193,15 @@ class Recorder:
                 whole_line=True,
             )
             return
-        write_report(self._folder)
+        try:
+            write_report(self._folder)
+        except OSError as error:
+            _log.error(
+                "THE REPORT WAS NOT WRITTEN: %s; make room, and run "
+                "python -m megatron_tikmix.monitoring.report %s",
+                error,
+                self._folder,
+            )
         history = RunHistory(RunFiles(self._folder))
         self._terminal.finish(
             self._folder,
@@ -153,9 +211,40 @@ class Recorder:
 
     def close(self) -> None:
         """Leave the terminal and the event file whole, also after an error."""
-        if self._terminal and self._tensorboard:
-            self._tensorboard.close()
-            self._terminal.close()
+        if self._terminal is None:
+            return
+        self._metrics.close()
+        self._ledger.close()
+        if self._tensorboard is not None:
+            with suppress(OSError):  # told already
+                self._tensorboard.close()
+        self._terminal.close()
+
+    def _events(self, purge_step: int | None = None) -> TensorBoardWriter:
+        return TensorBoardWriter(
+            self._folder / "tensorboard",
+            purge_step=purge_step,
+            sequence_length=self._config.data.sequence_length,
+            in_force=self._weights,
+        )
+
+    def _to_tensorboard(
+        self, write: Callable[[TensorBoardWriter], None], disk_has_room: bool
+    ) -> None:
+        """Write events; those that a full disk refuses are left out."""
+        try:
+            if self._tensorboard is None and disk_has_room:
+                self._tensorboard = self._events()
+            if self._tensorboard is not None:
+                write(self._tensorboard)
+        except OSError as error:
+            # Its writer is of no more use: another one goes on, in a file of its own.
+            self._tensorboard = None
+            _log.error(
+                "TENSORBOARD'S EVENTS ARE NOT WRITTEN: %s; training goes on, and so do they when "
+                "there is room; the rows are in metrics.jsonl and mixture.jsonl",
+                error,
+            )
 
     def _reconcile(self, state: TrainState) -> int:
         """Bring the files back to the checkpoint; the number of rows that were beyond it."""

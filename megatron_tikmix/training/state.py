@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_tikmix.mixing import MixtureSchedule
+from megatron_tikmix.training.spikes import LossSpikes
 
 
 @dataclass
@@ -23,6 +24,7 @@ class TrainState:
     iteration: int = 0
     consumed_samples: int = 0
     skipped_iterations: int = 0
+    spikes: LossSpikes = field(default_factory=LossSpikes)
     ledger: list[dict[str, Any]] = field(default_factory=list)
     added_domains: tuple[str, ...] = ()
 

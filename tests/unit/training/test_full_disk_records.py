@@ -1,0 +1,93 @@
+"""A disk that is full while a run is written down costs TensorBoard's events, and nothing else."""
+
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from megatron_tikmix.monitoring.run_files import append_jsonl, read_jsonl
+from megatron_tikmix.monitoring.tensorboard import TensorBoardWriter
+from megatron_tikmix.training import record
+from megatron_tikmix.training.loop import train
+from tests.conftest import overridden, without_timings
+from tests.unit.training.conftest import one_rank
+
+
+@contextmanager
+def no_file_beyond(size: int) -> Iterator[None]:
+    """The kernel refuses, in this process, to write beyond this many bytes of any file."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_row_that_does_not_fit_leaves_the_file_as_it_was(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    append_jsonl(path, {"a": 1})
+    with no_file_beyond(path.stat().st_size + 5), pytest.raises(OSError, match="too large"):
+        append_jsonl(path, {"b": 2})
+    assert path.read_text() == '{"a": 1}\n'
+
+
+def trained(settings: dict[str, Any], folder: Path) -> Path:
+    folder.mkdir()
+    settings = overridden(settings, {"run_dir": str(folder / "run")})
+    with one_rank(settings, folder) as run:
+        run.config.train.log_interval = 1
+        run.recorder.open_folder()
+        run.recorder.begin("", run.state)
+        train(run)
+        run.recorder.close()
+    return folder / "run"
+
+
+# Of TensorBoard's writing thread, which ends by the error that the run is told of.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_full_disk_costs_events_only(
+    settings: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    whole = trained(settings, tmp_path / "whole")
+    full = range(7, 11)  # of these iterations, a boundary among them
+
+    def limited(write: Any) -> Any:
+        def limited_write(owner: Any, row: dict[str, Any], *arguments: Any) -> Any:
+            iteration = row.get("iteration", row.get("start_iteration"))
+            if iteration not in full:
+                return write(owner, row, *arguments)
+            with no_file_beyond(10):
+                written = write(owner, row, *arguments)
+                if isinstance(owner, TensorBoardWriter):
+                    owner._writer.flush()
+                return written
+
+        return limited_write
+
+    monkeypatch.setattr(record.RowFile, "append", limited(record.RowFile.append))
+    for name in ("step", "stage"):
+        monkeypatch.setattr(TensorBoardWriter, name, limited(getattr(TensorBoardWriter, name)))
+    found = trained(settings, tmp_path / "found")
+
+    for name in ("metrics.jsonl", "mixture.jsonl"):
+        rows, expected = read_jsonl(found / name), read_jsonl(whole / name)
+        assert without_timings(rows) == without_timings(expected)
+    messages = [entry.getMessage() for entry in caplog.records]
+    refused = [text for text in messages if "WAS NOT WRITTEN" in text]
+    assert len(refused) == 2
+    assert f"A ROW OF {found / 'metrics.jsonl'} WAS NOT WRITTEN: File too large" in refused[0]
+    assert sum("TENSORBOARD'S EVENTS ARE NOT WRITTEN" in text for text in messages) == 1
+    assert f"{found / 'metrics.jsonl'} is whole again: 4 rows were written late" in messages
+
+    events = EventAccumulator(str(found / "tensorboard")).Reload()
+    steps = [event.step for event in events.Scalars("lm loss")]
+    last = read_jsonl(whole / "metrics.jsonl")[-1]["iteration"]
+    assert steps == [step for step in range(1, last + 1) if step not in full]
