@@ -28,7 +28,7 @@ setup(
         "pillow>=10.1",  # heat maps as images in TensorBoard, which needs it too
         "plotly>=6.0",  # the pictures of report.html, interactive and offline
         "rich>=13.7",  # progress bar and tables on the terminal
-        "jsonargparse>=4.40",  # typed YAML and command line from dataclasses
+        "jsonargparse>=4.40,<5",  # typed YAML and command line from dataclasses
         "docstring-parser>=0.16",  # lets --help show the docstrings of the configuration
         "PyYAML>=6.0",  # manifests and configurations
         "tokenizers>=0.20",  # byte-level BPE
