@@ -11,7 +11,8 @@
     decision = remixer.remix(Boundary.of(schedule, ledger, ...))
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -19,10 +20,12 @@ import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.rerun_state_machine import RerunStateMachine
 
 from megatron_tikmix.config import HostedConfig
 from megatron_tikmix.config.checks import check_boundaries
 from megatron_tikmix.data.builder import TrainingData
+from megatron_tikmix.data.samples import DocumentBoundaries
 from megatron_tikmix.errors import InputError, TrainingError
 from megatron_tikmix.parallel.collectives import sum_over_ranks
 from megatron_tikmix.parallel.initialize import Parallel
@@ -90,7 +93,7 @@ def build_remixer(
         parallel,
         config.train.micro_batch_size,
         config.data.sequence_length,
-        partial(_with_sums, forward_step_func),
+        partial(_with_sums, forward_step_func, data.boundaries),
     )
     plan = plan_probe_of(_trained(forward_backward), config, data)
     if plan is None:
@@ -108,15 +111,20 @@ def build_remixer(
 
 
 def _with_sums(
-    forward_step_func: Callable[..., Any], data_iterator: Any, model: torch.nn.Module, *more: Any
+    forward_step_func: Callable[..., Any],
+    boundaries: DocumentBoundaries,
+    data_iterator: Any,
+    model: torch.nn.Module,
+    *more: Any,
 ) -> tuple[Any, Callable[..., Any]]:
     """The loop's `forward_step_func`, with loss and tokens reported under our names."""
-    output, loss_func = forward_step_func(data_iterator, model, *more)
+    output, loss_func = forward_step_func(map(boundaries.applied, data_iterator), model, *more)
     return output, partial(_sums, loss_func)
 
 
 def _sums(loss_func: Callable[..., Any], output: torch.Tensor) -> tuple[Any, Any, dict[str, Any]]:
-    found = loss_func(output)
+    with _unvalidated_results():
+        found = loss_func(output)
     if len(found) != 3:
         raise TrainingError(
             "the loss function of forward_step_func returns a mean; return (summed loss, tokens, "
@@ -126,6 +134,18 @@ def _sums(loss_func: Callable[..., Any], output: torch.Tensor) -> tuple[Any, Any
     # Copies: unless training is by token, the schedule divides the loss where it stands.
     rows = {"loss": loss.detach().clone().view(1), "tokens": tokens.detach().clone().view(1)}
     return loss, tokens, rows
+
+
+@contextmanager
+def _unvalidated_results() -> Iterator[None]:
+    """Loss functions of Megatron-LM have their results validated by its rerun state machine, which
+    fails outside a training step, and on one rank alone where a loss is not finite."""
+    former = RerunStateMachine.validate_result
+    RerunStateMachine.validate_result = lambda self, *_, **__: None
+    try:
+        yield
+    finally:
+        RerunStateMachine.validate_result = former
 
 
 def _trained(forward_backward: ForwardBackward) -> Trained:
@@ -167,6 +187,9 @@ def _check(
         "fp8": bool(first.fp8),
         "num_moe_experts": first.num_moe_experts is not None,
         "mtp_num_layers": bool(first.mtp_num_layers),
+        "fp4": bool(getattr(first, "fp4", None)),
+        "optimizer_cpu_offload": parts[0].config.optimizer_cpu_offload,
+        "use_precision_aware_optimizer": parts[0].config.use_precision_aware_optimizer,
         "num_distributed_optimizer_instances": ddp.num_distributed_optimizer_instances > 1,
     }
     for name, used in unsupported.items():

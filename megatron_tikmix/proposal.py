@@ -93,6 +93,7 @@ def read_config(run_dir: str, overrides: Sequence[str] = ()) -> RunConfig:
     remix.mode, remix.measure, remix.require_audit = "apply", "gradient", False
     remix.start, remix.stop, remix.in_lr_decay = 0, None, True
     config.audit.enabled = False
+    config.check_sections()
     return config
 
 

@@ -106,7 +106,9 @@ class RemixConfig:
     diversity_reference: Literal["uniform", "proportional", "prior"] | None = None
     """What diversity is measured from: `uniform` (entropy), `proportional` to training tokens, or
     `prior`, the mixture in force; the last two as KL divergence. None: prior, so that answers
-    accumulate over boundaries and noise averages out; uniform with preset paper."""
+    accumulate over boundaries and noise averages out; uniform with preset paper. In `prior` a
+    domain counts for at least 1e-4 of the uniform weight, so that one that was left out can return:
+    to leave it out for good, use `constraints`."""
 
     smoothing: float | None = None
     """Weight of former boundaries in an exponential average of influence, 0 (none) to below 1.
@@ -122,7 +124,8 @@ class RemixConfig:
     """tikmix_m: how many candidate mixtures are measured."""
 
     require_audit: bool = False
-    """Keep the mixture in force where the audit contradicts the prediction (section `audit`)."""
+    """Keep the mixture in force where the audit finds it better than the new one, or fails (section
+    `audit`); not where the mixture in force breaks a constraint."""
 
     def __post_init__(self) -> None:
         for name in ("alpha", "beta", "gamma"):

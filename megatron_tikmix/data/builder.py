@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from megatron_tikmix.config import MixtureSections
-from megatron_tikmix.data.domain_stream import DomainStream
+from megatron_tikmix.data.domain_stream import DomainStream, some_documents
 from megatron_tikmix.data.domains import DomainManifest
 from megatron_tikmix.data.repetition import first_shortage
 from megatron_tikmix.data.samples import DocumentBoundaries
@@ -43,7 +43,8 @@ class TrainingData:
         self.manifest.check_files(held_out.values(), ["validation"])
         cache = Path(data.path_to_cache or Path(config.run_dir) / "cache")
         self.streams = [
-            self.stream(name, config.seed, data.sequence_length, cache) for name in self.names
+            self.stream(name, config.seed, data.sequence_length, index_folder=cache)
+            for name in self.names
         ]
         self.tasks: list[Task] = [
             build_task(
@@ -62,7 +63,9 @@ class TrainingData:
         if config.remix.influence == "joint" and config.remix.policy != "static":
             for name in self.names:
                 seed = derived_seed(config.probe.seed, "own", name)
-                own = self.stream(name, seed, data.sequence_length)
+                own = self.stream(
+                    name, seed, data.sequence_length, first_samples=config.probe.task_samples
+                )
                 self.probed_tasks.append(Task(OWN_ROW + name, decide=own, report=own))
         self._order = (self.names, config.train.batch_sizes, config.seed)
         self.planned, self.replays = self._read_schedule(config)
@@ -72,16 +75,33 @@ class TrainingData:
         self.initial_schedule()  # refuses a domain named twice before anything is built
 
     def stream(
-        self, name: str, seed: int, sequence_length: int, index_folder: Path | None = None
+        self,
+        name: str,
+        seed: int,
+        sequence_length: int,
+        *,
+        index_folder: Path | None = None,
+        first_samples: int | None = None,
     ) -> DomainStream:
-        """A stream of the domain's train split (see there for `index_folder`)."""
+        """A stream of the domain's train split.
+
+        Args:
+            index_folder: as for :class:`DomainStream`.
+            first_samples: how many of its samples will be read at most; None: any number.
+        """
+        split, documents = self.manifest.split(name, "train"), None
+        if first_samples is not None:
+            documents = some_documents(
+                split, samples=first_samples, sequence_length=sequence_length, seed=seed
+            )
         return DomainStream(
             name,
-            self.manifest.split(name, "train"),
+            split,
             seed=seed,
             sequence_length=sequence_length,
             eod=self.manifest.eod,
             vocab_size=self.manifest.vocab_size,
+            documents=documents,
             index_folder=index_folder,
         )
 

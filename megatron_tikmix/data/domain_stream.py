@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import math
 import os
 import shutil
 from collections import OrderedDict
@@ -65,6 +66,32 @@ class _Epoch(GPTDataset):
 _OPEN_INDICES: RecentlyUsed[_Epoch] = RecentlyUsed(64)
 
 
+def some_documents(
+    split: DomainSplit, *, samples: int, sequence_length: int, seed: int
+) -> np.ndarray | None:
+    """Documents, drawn at random, of a stream from which only the first `samples` are read.
+
+    An index of a whole domain takes seconds and hundreds of megabytes for billions of tokens.
+    There are enough documents that few of the samples read come from the same one.
+
+    Returns:
+        sorted indices, int64 (n,); None, for all documents, where the whole index is small anyway.
+    """
+    if _index_bytes(split.tokens // sequence_length, split.documents) <= SMALL_INDEX_BYTES:
+        return None
+    of_a_sample = sequence_length * split.documents / split.tokens
+    count = math.ceil(samples * max(2 * of_a_sample, 16)) + 64
+    if count > split.documents // 2:
+        return None
+    generator = np.random.default_rng(seed)
+    return np.sort(generator.choice(split.documents, count, replace=False, shuffle=False))
+
+
+def _index_bytes(samples: int, documents: int) -> int:
+    """Where each sample starts (document, offset), the samples' order and the documents'."""
+    return 12 * samples + 4 * documents
+
+
 class DomainStream:
     """An endless stream of one domain's samples, in epochs.
 
@@ -116,8 +143,7 @@ class DomainStream:
                 f"data.sequence_length {sequence_length} + 1 tokens; shorten the sequences, add "
                 f"text, or leave the domain out"
             )
-        # Where each sample starts (document, offset), the samples' order and the documents'.
-        small = 12 * self.samples_per_epoch + 4 * count <= SMALL_INDEX_BYTES
+        small = _index_bytes(self.samples_per_epoch, count) <= SMALL_INDEX_BYTES
         self._index_folder = None if small or documents is not None else index_folder
         self._epochs: dict[int, _Epoch] = {}  # in memory
         self._shared: dict[int, Path] = {}  # on disk
@@ -196,6 +222,7 @@ class DomainStream:
             self._tokenizer.eod,
             self._tokenizer.vocab_size,
             megatron.core.__version__,
+            _Epoch.__name__,  # part of the files' names
         )
         key = hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
         return self._index_folder / f"{self.name}-epoch{epoch}-{key}"

@@ -1,5 +1,6 @@
 """Batches of one data-parallel rank, driven by consumed_samples alone."""
 
+import signal
 from collections.abc import Iterator
 
 import torch
@@ -7,6 +8,7 @@ from torch.utils.data import DataLoader, Sampler
 
 from megatron_tikmix.data.blended_dataset import BlendedDataset
 from megatron_tikmix.data.samples import Sample, stack
+from megatron_tikmix.errors import InputError
 
 
 class MicroBatchSampler(Sampler[list[int]]):
@@ -61,7 +63,7 @@ class DataParallelLoader:
         Collective, if preparing the dataset is.
         """
         self._dataset.prepare(consumed_samples, samples)
-        return iter(
+        batches = iter(
             DataLoader(
                 self._dataset,
                 batch_sampler=MicroBatchSampler(
@@ -77,5 +79,23 @@ class DataParallelLoader:
                 pin_memory=torch.cuda.is_available(),
                 # A generator of its own: making an iterator must not draw from training's RNG.
                 generator=torch.Generator().manual_seed(consumed_samples),
+                worker_init_fn=_ignore_sigterm,
             )
         )
+        return _told_in_one_sentence(batches) if self._num_workers else batches
+
+
+def _ignore_sigterm(worker: int) -> None:
+    """A job that is told to end finishes its step first, and needs the workers for it.
+
+    Schedulers send the signal to every process of a job; workers end when their iterator does.
+    """
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def _told_in_one_sentence(batches: Iterator[Sample]) -> Iterator[Sample]:
+    """Batches of worker processes; of what they cannot read, torch would tell the traceback."""
+    try:
+        yield from batches
+    except InputError as error:
+        raise InputError(str(error).rpartition(f"{InputError.__name__}: ")[2].strip()) from None

@@ -107,7 +107,6 @@ class AdaptiveBudget:
         self._generator = generator
         self._to_confirm: Mixture | None = None
         self.confirmed = False
-        self.latest: Sensitivity | None = None
 
     def more(self, bank: SubBatchBank, affordable: int) -> NDArray[np.int64]:
         """Further sub-batches of each of the bank's domains, int64 (D,); none when it is done.
@@ -119,7 +118,7 @@ class AdaptiveBudget:
         if not bank.usable().domains or not bank.usable().tasks:
             return nothing_D
         try:
-            self.latest = found = sensitivity(bank, self._solve, self._generator)
+            found = sensitivity(bank, self._solve, self._generator)
         except InputError:  # there is no mixture to settle; the decision will say why
             return nothing_D
         if self._to_confirm is not None:

@@ -39,9 +39,9 @@ def joint_influence(influence: InfluenceMatrix) -> InfluenceMatrix:
         A domain without its own row is left out. Errors are those of the fit on the domains that
         are in it, G taken as known; 0 for the others. Without any own row, `influence` itself.
     """
-    own = {name.removeprefix(OWN_ROW) for name in influence.tasks if name.startswith(OWN_ROW)}
-    if not own:
+    if not has_own_rows(influence):
         return influence
+    own = {name.removeprefix(OWN_ROW) for name in influence.tasks if name.startswith(OWN_ROW)}
     domains = [name for name in influence.domains if name in own]
     tasks = [name for name in influence.tasks if not name.startswith(OWN_ROW)]
     columns = [influence.domains.index(name) for name in domains]
@@ -65,6 +65,11 @@ def joint_influence(influence: InfluenceMatrix) -> InfluenceMatrix:
         ),
         degrees_of_freedom=influence.degrees_of_freedom,
     )
+
+
+def has_own_rows(influence: InfluenceMatrix) -> bool:
+    """Whether domains have their own rows, so that their joint influence is known."""
+    return any(name.startswith(OWN_ROW) for name in influence.tasks)
 
 
 def _square_root(gram_DD: Array) -> tuple[Array, Array]:

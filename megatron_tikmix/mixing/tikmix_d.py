@@ -83,10 +83,9 @@ def solve_tikmix_d(
     problem, concession = problem.made_feasible()
     answer, certificate, failures = problem.minimise()
     weights_D = answer.weights_D
-    reasons = [concession]
     if certificate is None:
         weights_D = problem.nearest_to_prior(problem.region.without_pareto())
-        reasons += [failures, "the mixture in force is kept, or the nearest that is allowed"]
+        failures = f"{failures}; the mixture in force is kept, or the nearest that is allowed"
     # As it was given, to the last bit, where nothing moved.
     unmoved = np.array_equal(weights_D, problem.region.prior_D)
     by_name = dict(zip(problem.domains, weights_D.tolist(), strict=True))

@@ -15,8 +15,6 @@ from scipy import stats
 
 from megatron_tikmix.errors import InputError
 from megatron_tikmix.mixing import InfluenceMatrix, Mixture
-from megatron_tikmix.parallel.collectives import broadcast_integers
-from megatron_tikmix.parallel.initialize import Parallel
 from megatron_tikmix.training.rollout import RolloutOutcomes, Rollouts
 
 Verdict = Literal["confirmed", "inconclusive", "contradicted"]
@@ -90,9 +88,8 @@ class Audit:
 
     @property
     def refutes(self) -> bool:
-        """Whether the verdict is `contradicted`, and the new mixture the worse one of the two."""
-        worse = self.lost[1] > self.lost[0] or self.overall.high < 0
-        return self.verdict == "contradicted" and worse
+        """Whether the new mixture is the worse one of the two, whatever was predicted."""
+        return self.lost[1] > self.lost[0] or self.overall.high < 0
 
     @property
     def reason(self) -> str:
@@ -241,17 +238,6 @@ def audit(
     )
     predicted_V = influence.values_VD[order] @ (new.array(domains) - old.array(domains))
     return judge(tasks, task_weights, predicted_V, outcomes, iters=iters, confidence=confidence)
-
-
-def keeps_old(found: Audit | None, *, require_audit: bool, parallel: Parallel) -> bool:
-    """Whether the old mixture must stay: decided on rank 0, the same on every rank. Collective.
-
-    Args:
-        found: what :func:`audit` returned on this rank.
-        require_audit: `remix.require_audit`; without it an audit is only logged.
-    """
-    stays = require_audit and found is not None and found.refutes
-    return bool(broadcast_integers(np.array([stays]), parallel)[0])
 
 
 def _integers(mixture: Mixture, domains: Sequence[str]) -> NDArray[np.int64]:

@@ -23,7 +23,7 @@ from megatron_tikmix.mixing import (
     solve_tikmix_d,
     solve_tikmix_m,
 )
-from megatron_tikmix.mixing.joint_influence import joint_influence
+from megatron_tikmix.mixing.joint_influence import has_own_rows, joint_influence
 from megatron_tikmix.mixing.smoothing import smoothed
 from megatron_tikmix.seeds import derived_seed
 from megatron_tikmix.training.rollout import RolloutError
@@ -108,6 +108,12 @@ class Decision:
     rollout: dict[str, Any] | None = None
     audit: dict[str, Any] | None = None
 
+    @property
+    def forced(self) -> bool:
+        """Whether the mixture in force breaks a constraint that always holds. Main rank only."""
+        solution = self.solution
+        return self.source == "fallback" or (solution is not None and solution.prior_violation > 0)
+
     def to_json(self) -> dict[str, Any]:
         """Its fields of a ledger row; the mixture itself is in the row already."""
         row = self.influence.to_json() if self.influence else {}
@@ -187,7 +193,8 @@ class Decider:
         """The decision on what the probe measured.
 
         Args:
-            measure: measures candidates for TiKMiX-M; None: by their influence.
+            measure: measures candidates for TiKMiX-M; None: by the influence that TiKMiX-D
+                solves on.
         """
         lost = _lost(bank)
         usable = bank.usable().of_tasks(list(self._task_weights))
@@ -196,7 +203,7 @@ class Decider:
         found = Decision(at.prior, bank=bank, rank_stability=self._rank_stability(bank, at))
         influence = self._smoothed(bank.influence_matrix(), at)
         try:
-            solution = self._solve(influence, bank, at, measure)
+            solution = self._solve(influence, at, measure)
         except InputError as error:  # caps that nothing fits any more, for example
             reason = f"no mixture can be decided: {error}"
             return replace(found, source="kept", reason=reason, influence=influence)
@@ -242,7 +249,7 @@ class Decider:
     # Solving ----------------------------------------------------------------------------
 
     def _solve(
-        self, influence: InfluenceMatrix, bank: SubBatchBank, at: Boundary, measure: Measure | None
+        self, influence: InfluenceMatrix, at: Boundary, measure: Measure | None
     ) -> MixtureSolution:
         if self._config.policy != "tikmix_m":
             return self._solve_d(influence, at)
@@ -250,13 +257,8 @@ class Decider:
 
         def probe(weights_ND: NDArray[np.float64]) -> NDArray[np.float64]:
             """Candidates over the matrix's domains, to outcomes of its tasks."""
+            assert measure is not None
             by_name = dict(zip(matrix.domains, weights_ND.T, strict=True))
-            if measure is None:
-                given_NV = bank.candidate_influence(
-                    np.stack([by_name[name] for name in bank.domains], axis=1)
-                )
-                usable = bank.usable().tasks
-                return given_NV[:, [usable.index(task) for task in matrix.tasks]]
             outcomes_NV = measure(np.stack([by_name[name] for name in at.prior], axis=1))
             asked = list(self._task_weights)
             return outcomes_NV[:, [asked.index(task) for task in matrix.tasks]]
@@ -265,7 +267,7 @@ class Decider:
             return solve_tikmix_m(
                 matrix,
                 at.prior,
-                probe=probe,
+                probe=None if measure is None else probe,
                 candidates=self._config.candidates,
                 seed=derived_seed(self._seed, "tikmix_m", at.stage) >> 1,
                 **self._arguments(influence, at),
@@ -285,7 +287,7 @@ class Decider:
         references = {
             "uniform": None,
             "proportional": Mixture.proportional(self._samples_per_epoch),
-            "prior": at.prior,
+            "prior": _floored(at.prior),
         }
         weights = {name: self._task_weights[name] for name in influence.tasks}
         return {
@@ -319,12 +321,18 @@ class Decider:
     def _smoothed(self, influence: InfluenceMatrix, at: Boundary) -> InfluenceMatrix:
         """What is solved on: joint influence where that is measured, averaged with what former
         boundaries measured, if that is asked for."""
+        joint = has_own_rows(influence)
         influence = joint_influence(influence)
         if not self._config.smoothing:
             return influence
         banks = [bank for row in at.ledger if (bank := _bank_of(row)) is not None]
         measured = [bank for bank in banks if bank.usable().domains and bank.usable().tasks]
-        history = [joint_influence(bank.influence_matrix()) for bank in measured]
+        if joint:  # a stage that measured no domain's own rows says nothing of joint influence
+            matrices = [bank.influence_matrix() for bank in measured]
+            history = [joint_influence(matrix) for matrix in matrices if has_own_rows(matrix)]
+        else:
+            tasks = list(self._task_weights)
+            history = [bank.of_tasks(tasks).influence_matrix() for bank in measured]
         return smoothed([*history, influence], self._config.smoothing)
 
     def _rank_stability(self, bank: SubBatchBank, at: Boundary) -> RankStability | None:
@@ -356,6 +364,20 @@ def completed(
         standard_error_VD=None if errors_VD is None else np.pad(errors_VD, padding),
         degrees_of_freedom=influence.degrees_of_freedom,
     )
+
+
+LEAST_REFERENCE = 1e-4
+"""Of the uniform weight: what a domain counts for in the diversity term, if it has less or none."""
+
+
+def _floored(prior: Mixture) -> Mixture:
+    """The mixture in force as a reference of diversity.
+
+    Where the reference is 0 the answer is 0: without a floor, a domain that was left out once
+    would be left out for ever, however much it has come to help.
+    """
+    weights_D = np.maximum(prior.array(), LEAST_REFERENCE / len(prior))
+    return Mixture(dict(zip(prior, (weights_D / weights_D.sum()).tolist(), strict=True)))
 
 
 def _bank_of(row: Mapping[str, Any]) -> SubBatchBank | None:

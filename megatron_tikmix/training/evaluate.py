@@ -27,18 +27,19 @@ def gathered_parameters(model: list[DistributedDataParallel]) -> Iterator[None]:
 
 @contextmanager
 def evaluation_mode(model: list[DistributedDataParallel]) -> Iterator[None]:
-    """Dropout off and parameters whole; training mode again at the end.
+    """Dropout off and parameters whole; every module's mode as it was at the end.
 
     Draws no random number, so training goes on as if nothing had happened.
     """
     with gathered_parameters(model):
+        modes = [(module, module.training) for chunk in model for module in chunk.modules()]
         for chunk in model:
             chunk.eval()
         try:
             yield
         finally:
-            for chunk in model:
-                chunk.train()
+            for module, training in modes:
+                module.training = training
 
 
 def loss_and_tokens(sums: LossSums, parallel: Parallel) -> torch.Tensor:

@@ -45,14 +45,20 @@ def make_remixer(
     """
     parallel, probe = forward_backward.parallel, config.probe
 
-    def stream_of(domain: int, seed: int) -> DomainStream:
-        return data.stream(data.names[domain], seed, config.data.sequence_length)
+    length = config.data.sequence_length
+    probed = plan.sub_batches * probe.sub_batch_samples
+    if plan.most_tokens is not None:
+        probed = max(probed, plan.most_tokens // length)
+    rolled_out = max(config.rollout.iters, config.audit.iters) * config.train.global_batch_size
 
     def probe_stream(domain: int, stage: int) -> DomainStream:
-        return stream_of(domain, derived_seed(probe.seed, stage, data.names[domain]))
+        name = data.names[domain]
+        seed = derived_seed(probe.seed, stage, name)
+        return data.stream(name, seed, length, first_samples=probed)
 
     def rollout_stream(domain: int, seed: int) -> DomainStream:
-        return stream_of(domain, derived_seed(seed, data.names[domain]))
+        name = data.names[domain]
+        return data.stream(name, derived_seed(seed, name), length, first_samples=rolled_out)
 
     check_selection(forward_backward.model, probe.parameters, parallel)
     shards = OptimizerShards(

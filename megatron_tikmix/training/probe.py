@@ -122,7 +122,7 @@ class InfluenceProbe:
 
         Args:
             sub_batches_D: how many of each, int (D,), the same on every rank. Each domain goes
-                on in its stream where it stopped: no sample is read twice.
+                on in its stream where it stopped: no sample is read twice before its epoch ends.
 
         Returns:
             everything measured since the probe was opened, the same on every rank.

@@ -12,7 +12,7 @@ from megatron_tikmix.mixing import Mixture
 from megatron_tikmix.parallel.collectives import broadcast_integers
 from megatron_tikmix.parallel.initialize import Parallel
 from megatron_tikmix.seeds import derived_seed
-from megatron_tikmix.training.audit import audit, keeps_old
+from megatron_tikmix.training.audit import audit
 from megatron_tikmix.training.decide import Boundary, Decider, Decision, completed
 from megatron_tikmix.training.probe import InfluenceProbe
 from megatron_tikmix.training.probe_plan import ProbePlan
@@ -122,15 +122,20 @@ class Remixer:
         if not config.enabled or decision.mixture.integer_weights() == at.prior.integer_weights():
             return decision
         assert self._rollouts is not None
+        found, objection, failed = None, "", ""
         try:
             found = audit(
                 self._rollouts,
                 at.prior,
                 decision.mixture,
-                # Of a domain or task that was not measured nothing was predicted.
-                decision.influence
-                and completed(
-                    decision.influence, self.probe.domains, list(self._config.deciding_tasks)
+                # What predicts is influence itself, in one unit for all tasks. Of a domain or task
+                # that was not measured nothing was predicted.
+                None
+                if decision.bank is None
+                else completed(
+                    decision.bank.influence_matrix(),
+                    self.probe.domains,
+                    list(self._config.deciding_tasks),
                 ),
                 task_weights={
                     name: task.weight for name, task in self._config.deciding_tasks.items()
@@ -141,22 +146,19 @@ class Remixer:
                 confidence=config.confidence,
             )
         except RolloutError as error:  # on every rank alike, and training is as it was
-            return self._unaudited(decision, at, f"there was no audit: {error}")
+            objection = failed = f"there was no audit: {error}"
         if found is not None:
             decision = replace(decision, audit=found.to_json())
-        if keeps_old(
-            found, require_audit=self._config.remix.require_audit, parallel=self._parallel
-        ):
-            return _kept(decision, at, found.reason if found else "")
-        return decision
+            objection = found.reason if found.refutes else ""
+        objects = bool(objection) and self._config.remix.require_audit
+        keeps = self._agree_to(objects and not decision.forced)
+        if keeps:
+            reason = f"{decision.reason}; kept all the same: {objection}"
+            return replace(decision, mixture=at.prior, source="kept", reason=reason)
+        if objects:
+            failed = f"followed all the same, as the mixture in force is not allowed: {objection}"
+        return replace(decision, reason=f"{decision.reason}; {failed}") if failed else decision
 
-    def _unaudited(self, decision: Decision, at: Boundary, why: str) -> Decision:
-        """The decision where the audit failed: followed unless an audit is required."""
-        if self._config.remix.require_audit:
-            return _kept(decision, at, why)
-        return replace(decision, reason=f"{decision.reason}; {why}")
-
-
-def _kept(decision: Decision, at: Boundary, why: str) -> Decision:
-    reason = f"{decision.reason}; kept all the same: {why}"
-    return replace(decision, mixture=at.prior, source="kept", reason=reason)
+    def _agree_to(self, mine: bool) -> bool:
+        """The main rank's answer. Collective."""
+        return bool(broadcast_integers(np.array([mine]), self._parallel)[0])

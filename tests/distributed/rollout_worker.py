@@ -9,8 +9,10 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -18,11 +20,13 @@ import numpy as np
 import torch.distributed as dist
 
 import megatron_tikmix.training.rollout as rollout_module
+from megatron_tikmix.config import AuditConfig, RemixConfig, TaskConfig
 from megatron_tikmix.errors import InputError
 from megatron_tikmix.mixing import InfluenceMatrix, Mixture
 from megatron_tikmix.parallel.initialize import Parallel
-from megatron_tikmix.training.audit import audit, keeps_old
+from megatron_tikmix.training.decide import Boundary, Decision
 from megatron_tikmix.training.loop import Run
+from megatron_tikmix.training.remix import Remixer
 from megatron_tikmix.training.rollout import RolloutError, Rollouts
 from megatron_tikmix.training.rollout_service import RolloutService
 from tests.rollout_runs import (
@@ -107,21 +111,40 @@ def served(settings: dict[str, Any], parallel: Parallel) -> dict[str, Any]:
 
 
 def audited(rollouts: Rollouts) -> dict[str, Any]:
-    """The new mixture leaves out the task that counts, against a prediction made by hand."""
+    """A Remixer's audits of a mixture without the domain of the task that counts, against a
+    prediction made by hand; the weight of that domain afterwards."""
     domains, tasks = rollouts.data.domains, rollouts.data.tasks
-    old, new = Mixture.uniform(domains), Mixture({"low": 1.0, "high": 0.0, "junk": 0.0})
-    matrix = None
+    old, new = Mixture.uniform(domains).rounded(), Mixture({"low": 1.0, "high": 0.0, "junk": 0.0})
+    at = Boundary(stage=1, iteration=0, prior=old, consumed={}, interval_samples=1, ledger=[])
+    decided = Decision(new)
     if rollouts.parallel.is_main:
         values_VD = [[float(name == "low") for name in domains] for _ in tasks]
         matrix = InfluenceMatrix(values_VD, domains=domains, tasks=tasks)
-    found = audit(
-        rollouts, old, new, matrix, task_weights={"low": 1e-6, "high": 1.0}, seed=5, iters=8
-    )
-    stays = {
-        str(require): keeps_old(found, require_audit=require, parallel=rollouts.parallel)
-        for require in (True, False)
-    }
-    return {"verdict": found and found.verdict, "keeps old": stays}
+        bank: Any = SimpleNamespace(influence_matrix=lambda: matrix)
+        decided = Decision(new, source="tikmix_d", reason="so", bank=bank)
+    forced = replace(decided, source="fallback") if rollouts.parallel.is_main else decided
+    weights, verdict = {}, None
+    for name, decision, required in (
+        ("required", decided, True),
+        ("not required", decided, False),
+        ("forced", forced, True),
+    ):
+        config: Any = SimpleNamespace(
+            audit=AuditConfig(enabled=True, iters=8),
+            remix=RemixConfig(require_audit=required),
+            probe=SimpleNamespace(seed=5),
+            deciding_tasks={
+                "low": TaskConfig(domain="low", weight=1e-6),
+                "high": TaskConfig(domain="high"),
+            },
+        )
+        probe: Any = SimpleNamespace(domains=domains)
+        nothing: Any = None
+        remixer = Remixer(probe, nothing, rollouts, rollouts.parallel, config, nothing)
+        found = remixer._audited(decision, at)
+        weights[name] = round(found.mixture["high"], 3)
+        verdict = found.audit and found.audit["verdict"]
+    return {"verdict": verdict, "weight": weights}
 
 
 def broken_data(rollouts: Rollouts, broken: bool) -> None:

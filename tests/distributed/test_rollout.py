@@ -115,7 +115,8 @@ def test_a_solver_on_rank_0_is_served_whatever_happens(
             assert other[name]["answer"].startswith(on_other), name
     audits = main.pop("audit"), other.pop("audit")
     assert [found["verdict"] for found in audits] == ["contradicted", None]
-    assert [found["keeps old"] for found in audits] == [{"True": True, "False": False}] * 2
+    followed = {"required": 0.333, "not required": 0.0, "forced": 0.0}
+    assert [found["weight"] for found in audits] == [followed] * 2
     for name in main:
         assert main[name]["restored"], name
         assert other[name]["restored"], name

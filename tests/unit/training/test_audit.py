@@ -14,7 +14,7 @@ from scipy import stats
 from megatron_tikmix.errors import InputError
 from megatron_tikmix.mixing import InfluenceMatrix, Mixture
 from megatron_tikmix.parallel.initialize import Parallel
-from megatron_tikmix.training.audit import Audit, audit, compare, judge, keeps_old
+from megatron_tikmix.training.audit import Audit, audit, compare, judge
 from megatron_tikmix.training.rollout import RolloutOutcomes
 from tests.conftest import overridden
 from tests.rollout_runs import candidates, job, rollouts_of, settled, state_digests, trained
@@ -83,6 +83,9 @@ def test_tasks_and_their_weighted_sum_are_judged_apart() -> None:
     found = judged(OLD_RV, BETTER_T_RV, [-1.0, -1.0], t=3.0, u=1.0)
     assert (found.verdict, found.refutes) == ("contradicted", False)
     assert "against the prediction" in found.reason
+    # As bad as was predicted: a reason all the same.
+    found = judged(OLD_RV, BETTER_T_RV, [-1.0, -1.0], t=1.0, u=3.0)
+    assert (found.verdict, found.refutes) == ("confirmed", True)
 
 
 def test_a_new_mixture_that_loses_its_loss_is_refuted() -> None:
@@ -148,7 +151,7 @@ def test_an_audit_of_more_of_what_is_known_to_help(
     drops_RNV = rollouts.measure(uniform_low_ND, seed=5, iters=6, repetitions=4).drops_RNV
     differences_R = (drops_RNV[:, 1] - drops_RNV[:, 0])[:, tasks.index("low")]
     assert found.tasks["low"].difference == pytest.approx(differences_R.mean(), rel=1e-12)
-    assert not keeps_old(found, require_audit=True, parallel=parallel)
+    assert not found.refutes
 
     wrong = InfluenceMatrix(-right.values_VD, domains=right.domains, tasks=right.tasks)
     assert audited(wrong, {"low": 1.0, "high": 1e-6}).verdict == "contradicted"
@@ -158,8 +161,6 @@ def test_an_audit_of_more_of_what_is_known_to_help(
     )
     found = audited(hopeful, {"low": 1e-6, "high": 1.0})
     assert (found.verdict, found.refutes) == ("contradicted", True)
-    assert keeps_old(found, require_audit=True, parallel=parallel)
-    assert not keeps_old(found, require_audit=False, parallel=parallel)
     for wrongly in ({"repetitions": 3}, {"confidence": 1.0}):
         with pytest.raises(InputError, match=next(iter(wrongly))):
             audit(rollouts, old, new, right, task_weights={}, seed=5, iters=1, **wrongly)

@@ -9,6 +9,7 @@ from megatron_tikmix.config import ConstraintsConfig, RemixConfig
 from megatron_tikmix.errors import InputError
 from megatron_tikmix.influence.sub_batch_bank import SubBatchBank
 from megatron_tikmix.mixing import DomainGroup, InfluenceMatrix, Mixture
+from megatron_tikmix.mixing.joint_influence import OWN_ROW, joint_influence
 from megatron_tikmix.training.decide import Boundary, Decider, Decision, completed
 from megatron_tikmix.training.rollout import RolloutError
 
@@ -254,6 +255,62 @@ def test_tikmix_m_by_influence_needs_no_rollouts() -> None:
     assert decision.solution.details["candidates"] == 48
     by_d = decide(noise=0.01)
     assert decision.mixture.total_variation(by_d.mixture) < 0.15
+
+
+def with_own_rows(bank: SubBatchBank, scale: float = 1.0) -> SubBatchBank:
+    """The bank with each domain's own row: `junk` resembles `b`, and is as good as that to first
+    order, but no part of a task."""
+    gram_DD = scale * np.array([[1.0, 0.1, 0.0], [0.1, 1.0, 0.6], [0.0, 0.6, 1.0]])
+    own_DBD = np.repeat(gram_DD[:, None, :], 8, axis=1) * 64.0
+    return SubBatchBank(
+        np.concatenate([bank.sums_DBV, own_DBD], axis=2),
+        bank.tokens_DB,
+        DOMAINS,
+        TASKS + [OWN_ROW + name for name in DOMAINS],
+    )
+
+
+ALIKE_VD = np.array([[1.0, 0.1, 0.0], [0.1, 1.0, 0.6]])
+
+
+def test_tikmix_m_by_influence_measures_what_d_solves_on() -> None:
+    """By first-order influence junk would be worth 0.6 of b; by joint influence nothing."""
+    bank = with_own_rows(bank_of(0.001, values_VD=ALIKE_VD))
+    settings: dict[str, Any] = {"constraints": {"pareto": False, "max_total_variation": None}}
+    by_d = decider(**settings).decide(bank, boundary())
+    by_m = decider(policy="tikmix_m", measure="gradient", **settings).decide(bank, boundary())
+    by_first_order = decider(**settings).decide(bank.of_tasks(TASKS), boundary())
+    assert by_m.source == "tikmix_m"
+    assert by_d.mixture["junk"] < 0.5 * by_first_order.mixture["junk"]
+    assert by_m.mixture.total_variation(by_d.mixture) < 0.05
+
+
+def test_smoothing_keeps_to_one_kind_of_influence() -> None:
+    """A run may go on with the other kind: what was measured before is used as far as it goes."""
+    marginal, joint = (
+        bank_of(0.0, values_VD=ALIKE_VD),
+        with_own_rows(bank_of(0.0, values_VD=ALIKE_VD)),
+    )
+    smoothing = decider(smoothing=0.5)
+    for now, before, expected in (
+        (joint, marginal, joint_influence(joint.influence_matrix())),
+        (marginal, joint, marginal.influence_matrix()),
+    ):
+        decision = smoothing.decide(now, boundary(ledger=[row_of(before)]))
+        assert decision.influence is not None
+        assert list(decision.influence.tasks) == TASKS
+        np.testing.assert_allclose(decision.influence.values_VD, expected.values_VD, atol=1e-9)
+
+
+def test_a_domain_that_was_left_out_can_return() -> None:
+    """In force without b, which is what both tasks are made of."""
+    at = boundary(Mixture({"a": 0.5, "b": 0.0, "junk": 0.5}))
+    bank = bank_of(0.01, values_VD=np.array([[0.1, 1.0, 0.0], [0.1, 1.0, 0.0]]))
+    free = {"pareto": False, "max_total_variation": None}
+    settings: dict[str, Any] = {"gain": "log", "diversity_reference": "prior"}
+    assert decider(free, **settings).decide(bank, at).mixture["b"] > 0.3
+    kept_out = decider({**free, "fixed": {"b": 0.0}}, **settings).decide(bank, at)
+    assert kept_out.mixture["b"] == 0.0
 
 
 def test_rollouts_that_fail_leave_the_answer_of_d() -> None:

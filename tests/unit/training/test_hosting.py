@@ -8,6 +8,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from megatron.core.rerun_state_machine import (
+    RerunMode,
+    destroy_rerun_state_machine,
+    get_rerun_state_machine,
+    initialize_rerun_state_machine,
+)
 
 from megatron_tikmix.errors import InputError, TrainingError
 from megatron_tikmix.hosting import HostedConfig, Parallel, Remixer, build_remixer, open_data
@@ -63,6 +70,52 @@ def test_what_is_missing_or_wrong_is_named(host: Any) -> None:
     model_config.finalize_model_grads_func = None
     with pytest.raises(InputError, match="finalize_model_grads_func is not set"):
         host()
+
+
+def test_a_loss_whose_results_megatron_validates(host: Any) -> None:
+    """As that of Megatron-LM's pretrain_gpt.py; outside a step its machine refuses to."""
+
+    def validated(loss_func: Callable[..., Any], output: Any) -> Any:
+        found = loss_func(output)
+        machine.validate_result(
+            result=found[0], rejection_func=torch.isnan, message="found NaN", fatal=True
+        )
+        return found
+
+    def step(data_iterator: Any, model: Any) -> Any:
+        output, loss_func = forward_step(data_iterator, model)
+        return output, partial(validated, loss_func)
+
+    destroy_rerun_state_machine()
+    initialize_rerun_state_machine(mode=RerunMode.VALIDATE_RESULTS)
+    machine = get_rerun_state_machine()
+    try:
+        with pytest.raises(AssertionError, match="outside of the forward-backward pass"):
+            machine.validate_result(torch.ones(1), torch.isnan, message="", fatal=True)
+        with host(step=step).probe.open(1) as probe:
+            assert probe.add(np.full(3, 8)).usable().domains
+    finally:
+        destroy_rerun_state_machine()
+
+
+def test_documents_end_where_the_configuration_says(host: Any) -> None:
+    """Losses behind the end of a document are not probed where training does not see them."""
+    masked = replace(host.config.data, eod_mask_loss=True)
+    tokens = []
+    for data in (host.config.data, masked):
+        with host(data=data).probe.open(1) as probe:
+            tokens.append(sum(probe.add(np.full(3, 8)).tokens_DB.sum(axis=1)))
+    assert tokens[1] < tokens[0]
+
+
+def test_a_frozen_part_stays_in_evaluation_mode(host: Any) -> None:
+    module = host.run.forward_backward.model[0].module
+    module.decoder.layers[0].eval()
+    before = [part.training for part in module.modules()]
+    with host().probe.open(1) as probe:
+        probe.add(np.full(3, 8))
+    assert [part.training for part in module.modules()] == before
+    assert len(set(before)) == 2
 
 
 def test_a_loss_that_is_a_mean_is_refused(host: Any) -> None:
