@@ -80,7 +80,9 @@ examples:
 def run(options: argparse.Namespace) -> int:
     settings = Settings(options.work.resolve())
     prepare(settings)
-    console, figures, problems = Console(), {}, []
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    figures: dict[str, Any] = {}
+    problems: list[str] = []
     for part in options.parts:
         figures[part] = PARTS[part].measure(settings, options.layouts, options.fresh)
         for table in PARTS[part].tables(figures[part]):

@@ -1,6 +1,8 @@
 """Look at checkpoints, without a job and without torch.
 
-  checkpoint.py list RUN_DIR          those of a run, the newest last, and which one is resumed
+  checkpoint.py list RUN_DIR          those of a run, the newest last, and which one is the latest:
+                                      a start goes on from it, or if it is damaged from the newest
+                                      one before it that is whole, see verify
   checkpoint.py verify RUN_DIR        sizes and checksums of every file of every checkpoint
   checkpoint.py verify CHECKPOINT     the same of one: RUN_DIR/checkpoints/iter_0000080
   checkpoint.py show CHECKPOINT       its layout, its stages and what decided them, its fingerprint
@@ -51,16 +53,21 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def list_run(run_dir: Path) -> Answer:
-    """Every complete checkpoint of a run, and the iteration that a start would go on from.
+    """Every complete checkpoint of a run, and the iteration that its pointer names.
 
     Raises:
         InputError: not a run with checkpoints.
     """
     files = checkpoints_of(run_dir)
-    rows = []
+    rows: list[Answer] = []
+    damaged: list[str] = []
     for iteration in files.iterations():
         path = files.path(iteration)
-        record, manifest = read_record(path), read_manifest(path)
+        try:
+            record, manifest = read_record(path), read_manifest(path)
+        except InputError as error:
+            damaged.append(str(error))
+            continue
         rows.append(
             {
                 "iteration": iteration,
@@ -73,7 +80,14 @@ def list_run(run_dir: Path) -> Answer:
             }
         )
     order = files.newest_first()
-    return {"run_dir": str(run_dir), "latest": order[0] if order else None, "checkpoints": rows}
+    if order and order[0] not in files.iterations():
+        damaged.append(f"{files.path(order[0])}, which {files.pointer.name} names, has no {RECORD}")
+    return {
+        "run_dir": str(run_dir),
+        "latest": order[0] if order else None,
+        "checkpoints": rows,
+        "damaged": damaged,
+    }
 
 
 def verify(path: Path) -> Answer:
@@ -82,11 +96,13 @@ def verify(path: Path) -> Answer:
     Raises:
         InputError: neither a run with checkpoints nor a checkpoint.
     """
-    if (path / RECORD).exists():
+    if path.is_dir() and (path.name.startswith("iter_") or (path / RECORD).exists()):
         paths = [path]
     else:
         files = checkpoints_of(path)
-        paths = [files.path(iteration) for iteration in files.iterations()]
+        # That which the pointer names belongs to them also if its record is gone.
+        numbers = sorted({*files.iterations(), *files.newest_first()})
+        paths = [files.path(iteration) for iteration in numbers]
     rows = [
         {"path": str(one), "damage": damage(one), "checksums": (one / MANIFEST).exists()}
         for one in paths
@@ -152,6 +168,8 @@ def print_list(answer: Answer, console: Console) -> None:
         cells = (str(row["iteration"]), samples, str(row["stages"]), layout, size)
         table.add_row(*cells, ", ".join(notes))
     console.print(table)
+    for text in answer["damaged"]:
+        console.print(f"damaged: {text}", markup=False, soft_wrap=True)
 
 
 def print_verify(answer: Answer, console: Console) -> None:

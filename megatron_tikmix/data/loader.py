@@ -1,6 +1,8 @@
 """Batches of one data-parallel rank, driven by consumed_samples alone."""
 
+import os
 import signal
+import threading
 from collections.abc import Iterator
 
 import torch
@@ -79,18 +81,26 @@ class DataParallelLoader:
                 pin_memory=torch.cuda.is_available(),
                 # A generator of its own: making an iterator must not draw from training's RNG.
                 generator=torch.Generator().manual_seed(consumed_samples),
-                worker_init_fn=_ignore_sigterm,
+                worker_init_fn=_heed_only_the_parent,
             )
         )
         return _told_in_one_sentence(batches) if self._num_workers else batches
 
 
-def _ignore_sigterm(worker: int) -> None:
-    """A job that is told to end finishes its step first, and needs the workers for it.
+def _heed_only_the_parent(worker: int) -> None:
+    """SIGTERM ends this worker if its rank sent it, and nothing else does.
 
-    Schedulers send the signal to every process of a job; workers end when their iterator does.
+    Schedulers send it to every process of a job; the rank then finishes its step, and needs its
+    workers for that. It ends them itself, by the same signal where it has failed.
     """
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+
+    def listen() -> None:
+        while signal.sigwaitinfo([signal.SIGTERM]).si_pid != os.getppid():
+            pass
+        os._exit(0)
+
+    threading.Thread(target=listen, daemon=True).start()
 
 
 def _told_in_one_sentence(batches: Iterator[Sample]) -> Iterator[Sample]:

@@ -10,8 +10,9 @@ state of several buckets is saved shifted      :func:`mend_buckets`             
 an output is freed before its send is done     :func:`settle_pipeline`               0.16
 interleaved stages mix up their messages       :func:`settle_pipeline`               0.16
 the fused cross entropy casts to bf16          refused, ``config/checks.py``         0.16 - 0.19
-results of a save travel through a process     :func:`results_without_a_process`     0.16 - 0.19
-that imports torch and outlives a killed rank
+results of a save travel through a process     :func:`results_without_a_process`,    0.16 - 0.19
+that imports torch, outlives a killed rank,    :func:`results_past_sigterm`
+and does not outlive SIGTERM
 =============================================  ====================================  ==========
 
 ``tests/unit/parallel/test_megatron_faults.py`` and ``tests/distributed/test_pipeline_faults.py``
@@ -20,6 +21,7 @@ losses were wrong in some runs and right in others.
 """
 
 import queue
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import MethodType
@@ -60,6 +62,21 @@ def results_without_a_process() -> Iterator[None]:
         yield
     finally:
         setattr(filesystem_async, "_results_queue", former)  # noqa: B010
+
+
+@contextmanager
+def results_past_sigterm() -> Iterator[None]:
+    """Let a save in the background keep its results when SIGTERM reaches all processes of a job;
+    around `dist_checkpointing.save`.
+
+    A run that is told to end still waits for such a save. The process that holds its results is
+    started by the first one, and takes over which signals are blocked.
+    """
+    former = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, former)
 
 
 def mend_torch_adam(optimizer: MegatronOptimizer) -> None:

@@ -50,6 +50,10 @@ _log = logging.getLogger(__name__)
 _SHARDING = {"distrib_optim_sharding_type": "fully_reshardable"}
 
 
+# Of the optimizer: what a resumed run takes from its configuration, not from the checkpoint.
+_CONFIGURED = ("max_lr", "min_lr", "betas", "eps")
+
+
 @dataclass(frozen=True)
 class _Pending:
     """A save that has begun; `record` is the text of tikmix.json, on the main rank."""
@@ -236,12 +240,15 @@ class Checkpointer:
         mend_torch_adam(self._optimizer)
         sharded = self._sharded_state(is_loading=True)
         same_layout = record["layout"] == self._layout()
-        if not same_layout:  # random streams belong to ranks; other ranks start their own
+        if not same_layout:  # random streams belong to ranks and devices; others start their own
             del sharded["rng_state"]
         loaded = dist_checkpointing.load(sharded, str(path))
         for index, chunk in enumerate(self._model):
             chunk.load_state_dict(loaded[f"model{index}"])
+        configured = [dict(group) for group in self._optimizer.param_groups]
         self._optimizer.load_state_dict(loaded["optimizer"])
+        for group, own in zip(self._optimizer.param_groups, configured, strict=True):
+            group.update({name: own[name] for name in _CONFIGURED if name in own})
         unshare_steps(self._optimizer)
         self._scheduler.load_state_dict(loaded["scheduler"])
         if same_layout:
@@ -319,9 +326,9 @@ class Checkpointer:
             f"field in checkpoint.allow_changed if it is one of {choices} and is meant to change"
         )
 
-    def _layout(self) -> list[int]:
-        groups = self._parallel.groups
-        return [groups.tp.size(), groups.pp.size(), groups.dp.size(), len(self._model)]
+    def _layout(self) -> list[int | str]:
+        groups, device = self._parallel.groups, self._parallel.device.type
+        return [groups.tp.size(), groups.pp.size(), groups.dp.size(), len(self._model), device]
 
     def _sharded_state(self, *, is_loading: bool) -> dict[str, Any]:
         metadata = {**_SHARDING, "dp_cp_group": self._parallel.groups.dp_cp}

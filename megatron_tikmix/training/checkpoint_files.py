@@ -75,7 +75,7 @@ class CheckpointFolder:
         write_whole(unfinished / MANIFEST, json.dumps({"files": manifest}, indent=1))
         path = self.path(iteration)
         if path.exists():  # gone back to an earlier one, the run comes by here again
-            shutil.rmtree(path)
+            self._delete(path)
         _sync_folder(unfinished)
         os.replace(unfinished, path)
         _sync_folder(self.folder)
@@ -94,10 +94,15 @@ class CheckpointFolder:
         old = [iteration for iteration in self.iterations() if iteration <= upto][:-keep]
         gone = [n for n in old if keep_every is None or n % keep_every != 0]
         for iteration in gone:
-            # The record first: what is left of an interrupted deletion is no checkpoint.
-            (self.path(iteration) / RECORD).unlink()
-            shutil.rmtree(self.path(iteration))
+            self._delete(self.path(iteration))
         return gone
+
+    @staticmethod
+    def _delete(path: Path) -> None:
+        """Renamed first: what an interrupted deletion leaves is removed by the next save."""
+        going = path.with_name(f"{path.name}.deleted{_UNFINISHED}")
+        os.replace(path, going)
+        shutil.rmtree(going)
 
 
 def read_record(checkpoint: Path) -> dict[str, Any]:

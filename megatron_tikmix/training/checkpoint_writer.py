@@ -6,7 +6,7 @@ these failures are noted and told afterwards, with all the others.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,10 @@ from megatron.core.dist_checkpointing.strategies.async_utils import TemporalAsyn
 
 from megatron_tikmix.parallel.collectives import first_problem, max_over_ranks
 from megatron_tikmix.parallel.initialize import Parallel
-from megatron_tikmix.parallel.megatron_faults import results_without_a_process
+from megatron_tikmix.parallel.megatron_faults import (
+    results_past_sigterm,
+    results_without_a_process,
+)
 from megatron_tikmix.parallel.megatron_versions import (
     CheckpointException,
     options_of_an_asynchronous_save,
@@ -36,8 +39,8 @@ class ShardSaving:
         self._parallel = parallel
         self._problems: list[str] = []
         self._caller = TemporalAsyncCaller()
-        in_process = nullcontext() if in_background else results_without_a_process()
-        with _noted(self._problems), in_process:
+        results = results_past_sigterm() if in_background else results_without_a_process()
+        with _noted(self._problems), results:
             request = dist_checkpointing.save(
                 sharded_state,
                 str(path),
@@ -69,9 +72,7 @@ class ShardSaving:
             None; or, the same on every rank, why the checkpoint is not whole: the disk is full.
         """
         self._caller.is_current_async_call_done(blocking=True, no_dist=True)
-        problem = self._agreed()
-        if problem is not None:
-            return problem
+        # Also where something failed before: this save's results must not be taken for the next's.
         with _noted(self._problems):
             try:
                 for finalize in self._finalize:

@@ -16,6 +16,8 @@ _ARCHITECTURE = [
     "kv_channels",
     "normalization",
     "layernorm_epsilon",
+    "layernorm_zero_centered_gamma",
+    "apply_residual_connection_post_layernorm",
     "gated_linear_unit",
     "add_bias_linear",
     "add_qkv_bias",
@@ -23,6 +25,13 @@ _ARCHITECTURE = [
     "position_embedding_type",
     "rotary_base",
     "rotary_percent",
+    "rotary_interleaved",
+    "no_rope_freq",
+    "window_size",
+    "window_attn_skip_freq",
+    "softmax_scale",
+    "activation_func_clamp_value",
+    "glu_linear_offset",
     "share_embeddings_and_output_weights",
     "make_vocab_size_divisible_by",
 ]
@@ -48,9 +57,14 @@ def fingerprint(config: RunConfig, data: TrainingData) -> dict[str, Any]:
         "files": {name: split.fingerprint for name, split in splits.items()},
         "tokenizer": data.manifest.tokenizer_fingerprint,
         "vocab_size": data.manifest.vocab_size,
-        **{f"model.{name}": getattr(config.model, name) for name in _ARCHITECTURE},
+        **{f"model.{name}": _plain(getattr(config.model, name, None)) for name in _ARCHITECTURE},
         "model.activation_func": config.model.activation_func.__name__,
     }
+
+
+def _plain(value: Any) -> Any:
+    """As it comes back from JSON."""
+    return str(value) if isinstance(value, tuple | list) else value
 
 
 def difference(

@@ -251,6 +251,7 @@ def check_finite(run: Run, result: StepResult) -> None:
             state.skipped_iterations,
         )
     if run.lost_in_a_row >= most:
+        run.checkpointer.finish()  # one that is being written is the newest to go on from
         before = f" nor at the {most - 1} before," if most > 1 else ""
         raise TrainingError(
             f"the gradient is not finite at iteration {state.iteration},{before} which is "

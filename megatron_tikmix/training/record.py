@@ -7,7 +7,6 @@ left out, and either is told.
 import logging
 import tempfile
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +40,7 @@ class RowFile:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._waiting: list[Row] = []
+        self._late = 0  # of those that wait, or waited, when the disk last refused
 
     def append(self, row: Row) -> bool:
         """Write the rows that wait and this one; False if the disk still refuses."""
@@ -49,27 +49,28 @@ class RowFile:
 
     def write_waiting(self) -> bool:
         """False if there is no room yet. It is told when that begins, and when it ends."""
-        number = len(self._waiting)
         try:
             while self._waiting:
                 append_jsonl(self._path, self._waiting[0])
                 del self._waiting[0]
         except OSError as error:
-            if number == 1:
+            if not self._late:
                 _log.error(
                     "A ROW OF %s WAS NOT WRITTEN: %s; training goes on, rows are kept in memory "
                     "and written when there is room",
                     self._path,
                     error.strerror,
                 )
+            self._late = len(self._waiting)
             return False
-        if number > 1:
-            _log.warning("%s is whole again: %d rows were written late", self._path, number - 1)
+        if self._late:
+            _log.warning("%s is whole again: %d rows were written late", self._path, self._late)
+        self._late = 0
         return True
 
     def close(self) -> None:
         """Write what waits, for the last time."""
-        if not self.write_waiting():
+        if self._waiting and not self.write_waiting():
             _log.error("%d rows of %s are lost", len(self._waiting), self._path)
             self._waiting.clear()
 
@@ -216,8 +217,7 @@ class Recorder:
         self._metrics.close()
         self._ledger.close()
         if self._tensorboard is not None:
-            with suppress(OSError):  # told already
-                self._tensorboard.close()
+            self._to_tensorboard(TensorBoardWriter.close, disk_has_room=True)
         self._terminal.close()
 
     def _events(self, purge_step: int | None = None) -> TensorBoardWriter:

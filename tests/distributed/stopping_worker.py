@@ -1,7 +1,12 @@
-"""``python -m megatron_tikmix``; rank 1 gets $STOP_SIGNAL in the step that follows $STOP_AFTER."""
+"""``python -m megatron_tikmix``; rank 1 gets $STOP_SIGNAL in the step that follows $STOP_AFTER.
 
+So do its loader's workers, from another process: schedulers signal all those of a job.
+"""
+
+import multiprocessing
 import os
 import signal
+import subprocess
 import sys
 import time
 from typing import Any
@@ -18,7 +23,8 @@ def _interrupted(*arguments: Any) -> Any:
     global _left
     if os.environ["RANK"] == "1":
         if _left == 0:
-            os.kill(os.getpid(), _number)
+            processes = [*multiprocessing.active_children(), multiprocessing.current_process()]
+            subprocess.run(["kill", f"-{_number}", *(str(p.pid) for p in processes)], check=True)
             time.sleep(0.5)
         _left -= 1
     return _step(*arguments)

@@ -14,7 +14,7 @@ def test_a_full_disk_and_a_damaged_checkpoint_are_survived(settings: dict[str, A
     in_background = overridden(settings, {"checkpoint.async_save": True})
     result = launch(in_background, ranks=2, module="tests.distributed.full_disk_worker")
     lines = [line for line in result.stderr.splitlines() if "WAS NOT SAVED" in line]
-    for line, iteration in zip(lines, (4, 8, 10), strict=True):
+    for line, iteration in zip(lines, (4, 6, 10), strict=True):
         assert line.startswith("[rank 0] ERROR")
         assert f"THE CHECKPOINT OF ITERATION {iteration} WAS NOT SAVED" in line
         assert "No space left on device; training goes on" in line.replace(
@@ -23,7 +23,7 @@ def test_a_full_disk_and_a_damaged_checkpoint_are_survived(settings: dict[str, A
     checkpoints = Path(settings["run_dir"]) / "checkpoints"
     assert sorted(path.name for path in checkpoints.iterdir()) == [
         "iter_0000002",
-        "iter_0000006",
+        "iter_0000008",
         "iter_0000012",
         "latest_checkpointed_iteration.txt",
     ]
@@ -37,7 +37,7 @@ def test_a_full_disk_and_a_damaged_checkpoint_are_survived(settings: dict[str, A
         "rank 1", "rank 0"
     )
     assert line.endswith(
-        "going on from the checkpoint of iteration 6, the newest one that is whole"
+        "going on from the checkpoint of iteration 8, the newest one that is whole"
     )
     again = read_rows(settings["run_dir"], "metrics.jsonl")
     assert without_timings(rows) == without_timings(again)

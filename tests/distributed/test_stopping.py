@@ -8,13 +8,14 @@ from tests.conftest import launch, overridden, read_rows, without_timings
 
 
 def test_a_run_ended_early_goes_on_as_the_whole_one(settings: dict[str, Any]) -> None:
-    """Ended inside an interval by a signal that one rank alone gets, then at a boundary by the
-    iteration; the rest is that of a run never ended."""
+    """Ended inside an interval by a signal that one rank and its loader's workers get, then at a
+    boundary by the iteration; the rest is that of a run never ended."""
     whole = overridden(settings, {"run_dir": settings["run_dir"] + "_whole"})
     launch(whole, ranks=2)
 
     module = "tests.distributed.stopping_worker"
-    result = launch(settings, ranks=2, module=module, STOP_SIGNAL="SIGTERM", STOP_AFTER="1")
+    with_workers = overridden(settings, {"data.num_workers": 1})
+    result = launch(with_workers, ranks=2, module=module, STOP_SIGNAL="SIGTERM", STOP_AFTER="1")
     assert result.stderr.count("SIGTERM at iteration 2, which is saved") == 1
     assert saved(settings) == 2
 

@@ -12,13 +12,19 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.utils import Split
 
 from megatron_tikmix.config import TaskConfig
-from megatron_tikmix.data.domain_stream import DomainStream, _EndOfDocument
-from megatron_tikmix.data.domains import DomainManifest
+from megatron_tikmix.data import domain_stream
+from megatron_tikmix.data.domain_stream import (
+    SMALL_INDEX_BYTES,
+    DomainStream,
+    _EndOfDocument,
+    some_documents,
+)
+from megatron_tikmix.data.domains import DomainManifest, DomainSplit
 from megatron_tikmix.data.loader import MicroBatchSampler
 from megatron_tikmix.data.tasks import build_task, micro_batches
 from megatron_tikmix.errors import InputError
 from megatron_tikmix.seeds import derived_seed
-from tests.conftest import EOD, VOCAB_SIZE
+from tests.conftest import EOD, VOCAB_SIZE, write_tokens
 
 SEQUENCE = 32
 
@@ -98,6 +104,63 @@ def test_samples_are_those_of_megatrons_own_dataset(corpus: Path) -> None:
         for name, value in expected[k].items():
             assert samples[k][name].equal(value)
             assert samples[k][name].dtype == value.dtype
+
+
+@given(
+    documents=st.integers(1, 10**7),
+    tokens_each=st.integers(10, 10**5),
+    samples=st.integers(1, 2000),
+    length=st.sampled_from([128, 4096]),
+)
+def test_some_documents_are_enough_for_what_is_read(
+    documents: int, tokens_each: int, samples: int, length: int
+) -> None:
+    """Twice the tokens, 16 documents a sample, no document twice; all of them where that is small
+    or half of the domain."""
+    split = DomainSplit(Path("none"), documents, documents * tokens_each)
+    drawn = some_documents(split, samples=samples, sequence_length=length, seed=5)
+    if drawn is None:
+        index = 12 * split.tokens // length + 4 * documents
+        needed = samples * max(16, 2 * length / tokens_each) + 64
+        assert index <= SMALL_INDEX_BYTES + 12 or needed + 1 > documents // 2
+        return
+    assert len(np.unique(drawn)) == len(drawn)
+    assert 0 <= drawn[0] <= drawn[-1] < documents
+    assert len(drawn) * tokens_each >= 2 * samples * length
+    assert len(drawn) >= 16 * samples
+    again = some_documents(split, samples=samples, sequence_length=length, seed=5)
+    assert again is not None
+    assert again.tolist() == drawn.tolist()
+
+
+def test_a_large_domain_is_probed_through_an_index_of_a_part_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The samples read are made of the domain's tokens, and another seed draws other documents."""
+    monkeypatch.setattr(domain_stream, "SMALL_INDEX_BYTES", 0)
+    documents = [np.full(20, 1 + number, dtype=np.int64) for number in range(4000)]
+    split = write_tokens(tmp_path / "large", documents)
+
+    def first(seed: int) -> set[int]:
+        drawn = some_documents(split, samples=8, sequence_length=SEQUENCE, seed=seed)
+        assert drawn is not None
+        assert len(drawn) < 300
+        samples = DomainStream(
+            "large",
+            split,
+            seed=seed,
+            sequence_length=SEQUENCE,
+            eod=0,
+            vocab_size=5000,
+            documents=drawn,
+        )
+        assert samples.samples_per_epoch >= 16
+        read = torch.cat([samples[k]["tokens"] for k in range(8)])
+        assert set(read.tolist()) <= {1 + int(number) for number in drawn}
+        return set(read.tolist())
+
+    assert len(first(1)) > 8
+    assert len(first(1) & first(2)) < 5
 
 
 def test_too_few_tokens_for_a_sample_are_refused(corpus: Path) -> None:

@@ -74,6 +74,24 @@ def test_streams_share_a_bounded_number_of_open_files(
     assert descriptors() <= before + 3 * (2 + 8)
 
 
+def test_what_a_worker_cannot_read_is_told_in_one_sentence(
+    corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def pread(*arguments: int) -> bytes:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    made = streams(corpus)
+    served(dataset(made), 0, 8)
+    monkeypatch.setattr(os, "pread", pread)
+    with pytest.raises(InputError) as caught:
+        served(dataset(made), 0, 8, workers=1)
+    told = str(caught.value)
+    assert "cannot be read at byte" in told
+    assert told.endswith("start again to resume from the newest checkpoint")
+    assert "\n" not in told
+    assert "Traceback" not in told
+
+
 def test_a_replaced_file_is_another_file(tmp_path: Path) -> None:
     def first_tokens() -> list[int]:
         split = write_tokens(tmp_path / "d", [np.full(40, token)])

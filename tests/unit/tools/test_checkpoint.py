@@ -61,6 +61,24 @@ def test_verify_names_what_is_damaged(run_dir: Path, capsys: pytest.CaptureFixtu
     assert main(["verify", str(run_dir / "checkpoints" / "iter_0000002")]) == 0
 
 
+def test_a_checkpoint_whose_record_is_gone_is_damaged(
+    run_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    latest = run_dir / "checkpoints" / "iter_0000002"
+    (latest / RECORD).unlink()
+    for path in (run_dir, latest):
+        assert main(["verify", str(path)]) == 1
+        assert f"{latest / RECORD} cannot be read" in capsys.readouterr().out
+    assert main(["list", str(run_dir)]) == 0
+    assert f"damaged: {latest}, which latest_checkpointed_iteration.txt names" in (
+        capsys.readouterr().out
+    )
+    (run_dir / "checkpoints" / "iter_0000001" / RECORD).write_text("{")
+    assert main(["list", str(run_dir), "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert (answer["checkpoints"], len(answer["damaged"])) == ([], 2)
+
+
 def test_show(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = run_dir / "checkpoints" / "iter_0000002"
     assert main(["show", str(path), "--json"]) == 0

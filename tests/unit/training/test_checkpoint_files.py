@@ -1,6 +1,7 @@
 """Checkpoint folders without a job: what is whole, what comes next, and what is deleted."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -71,3 +72,27 @@ def test_the_newest_and_every_nth_are_kept(tmp_path: Path) -> None:
         write(files, iteration)
     assert files.prune(upto=70, keep=2, keep_every=30) == [10, 20, 40, 50]
     assert files.iterations() == [30, 60, 70, 80]
+
+
+def test_a_deletion_that_is_interrupted_leaves_nothing_for_good(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = CheckpointFolder(tmp_path)
+    for iteration in (1, 2):
+        path = files.begin(iteration)
+        (path / RECORD).write_text("{}")
+        files.complete(path, iteration, measured(path, [RECORD]))
+
+    def interrupted(path: Path) -> None:
+        raise OSError("busy")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", interrupted)
+        with pytest.raises(OSError, match="busy"):
+            files.prune(upto=2, keep=1)
+    assert files.iterations() == [2]
+    files.begin(3)
+    assert sorted(path.name for path in tmp_path.glob("iter_*")) == [
+        "iter_0000002",
+        "iter_0000003.unfinished",
+    ]

@@ -1,10 +1,16 @@
 """Which changes a resumed run is refused for, and in which words."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
-from megatron_tikmix.training.fingerprint import difference
+from megatron_tikmix.config import load_config
+from megatron_tikmix.data.builder import TrainingData
+from megatron_tikmix.training.fingerprint import difference, fingerprint
+from tests.conftest import overridden
 
 SAVED: dict[str, Any] = {
     "seed": 1,
@@ -38,6 +44,19 @@ def test_what_changed_is_named(changes: dict[str, Any], words: str | None) -> No
     assert words is None or words in str(found)
     gone = "domains" in changes and len(changes["domains"]) < 2  # which nothing allows
     assert (difference(SAVED, SAVED | changes, allowed=list(changes)) is None) == (not gone)
+
+
+def test_it_is_what_comes_back_from_json(settings: dict[str, Any], tmp_path: Path) -> None:
+    """Or every resumed run would be refused."""
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(overridden(settings, {"model.window_size": [8, 0]})))
+    config, _ = load_config([str(path)])
+    now = fingerprint(config, TrainingData(config))
+    assert difference(json.loads(json.dumps(now)), now) is None
+    assert "model.window_size" in now
+    config.model.rotary_interleaved = True
+    other = fingerprint(config, TrainingData(config))
+    assert "with model.rotary_interleaved False" in (difference(now, other) or "")
 
 
 def test_only_what_both_know_is_compared() -> None:
