@@ -51,7 +51,9 @@ def merge(job: Job, encoding: Encoding) -> Counts:
     filled = [job.prefix(n) for n, count in enumerate(counts) if count.documents]
     if len(filled) == 1:
         for suffix in ("bin", "idx"):
-            os.replace(f"{filled[0]}.{suffix}", f"{job.merged}.{suffix}")
+            part, merged = Path(f"{filled[0]}.{suffix}"), Path(f"{job.merged}.{suffix}")
+            if part.exists() or not merged.exists():  # else an interrupted start has moved it
+                os.replace(part, merged)
     else:
         builder = megatron.IndexedDatasetBuilder(f"{job.merged}.bin", dtype=dtype)
         gc.freeze()  # add_index collects garbage every time: let it not look at all of torch

@@ -267,6 +267,25 @@ def test_a_cut_while_files_are_published_is_made_good(
         assert published(text, f"cut{stop}") == published(text, "whole")
 
 
+@pytest.mark.parametrize("name", ["merged.idx", "merged.json"])
+def test_a_cut_while_a_single_part_becomes_the_whole_is_made_good(
+    text: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    assert run(text, "whole") == 0
+    replace = os.replace
+
+    def full(old: object, new: object) -> None:
+        if Path(str(new)).name == name:
+            raise OSError("no space left")
+        replace(old, new)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", full)
+        assert run(text, "cut", "--part_bytes", 1 << 20) == 2
+    assert run(text, "cut", "--part_bytes", 1 << 20) == 0
+    assert published(text, "cut") == published(text, "whole")
+
+
 def test_a_domain_can_be_added_later_and_another_tokenizer_is_refused(
     text: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
