@@ -18,6 +18,20 @@ END_OF_DOCUMENT = "<|endoftext|>"
 LIBRARIES = ("huggingface", "sentencepiece", "tiktoken", "megatron", "byte-level")
 """megatron-core's names of tokenizer libraries, as in its tokenizer_metadata.json."""
 
+WEIGHTS = (
+    ".safetensors",
+    ".bin",
+    ".pt",
+    ".pth",
+    ".gguf",
+    ".h5",
+    ".msgpack",
+    ".onnx",
+    ".ckpt",
+    ".ot",
+)
+"""Suffixes, in a model's folder, of what is no part of its tokenizer, and large."""
+
 
 class TextTokenizer(Protocol):
     """What preprocessing and prompt/completion tasks ask of a tokenizer."""
@@ -44,8 +58,9 @@ class TokenizerFiles:
     """A tokenizer on disk.
 
     Attributes:
-        path: a ``tokenizer.json``; a folder of Hugging Face `transformers`; or with `library`, what
-            that library of megatron-core's reads. None for ``byte-level``, which needs no file.
+        path: a ``tokenizer.json``; a folder of Hugging Face `transformers`, which may be a whole
+            model's: its weights and sub-folders do not count; or with `library`, what that library
+            of megatron-core's reads. None for ``byte-level``, which needs no file.
         library: one of :data:`LIBRARIES`, read by megatron-core's tokenizer classes. None for
             Hugging Face `tokenizers` and `transformers`, read directly.
     """
@@ -74,23 +89,28 @@ class TokenizerFiles:
         return _from_transformers(self.path, where)
 
     def fingerprint(self) -> str:
-        """SHA-256 of the library's name and of every file, by name and content."""
+        """SHA-256 of the library's name and of the tokenizer's files, by name and content."""
         digest = hashlib.sha256((self.library or "").encode())
         for path in self._files():
-            assert self.path is not None
             # What it is called at the top does not matter: a copy may have another name.
-            name = "" if path == self.path else path.relative_to(self.path).as_posix()
+            name = "" if path == self.path else path.name
             digest.update(f"\x00{name}\x00{path.stat().st_size}\x00".encode())
             digest.update(path.read_bytes())
         return digest.hexdigest()[:32]
 
     def copy_to(self, folder: Path) -> "TokenizerFiles":
-        """A copy in `folder`: ``tokenizer.json``, or a folder or file ``tokenizer``."""
+        """A copy in `folder`: ``tokenizer.json``, or a folder or file ``tokenizer``.
+
+        It takes the place of one that is there; a tokenizer that lies in `folder` stays as it is.
+        """
         if self.path is None:
             return self
+        given = self.path.absolute()
+        if given.parent.resolve() == folder.resolve():
+            return replace(self, path=folder / given.name)
         if self.path.is_dir():
             copy = folder / "tokenizer"
-            shutil.copytree(self.path, copy, dirs_exist_ok=True)
+            self._copy_folder(copy)
         else:
             copy = folder / ("tokenizer.json" if self.library is None else self.path.name)
             unfinished = copy.with_name(f"{copy.name}.tmp")
@@ -98,12 +118,26 @@ class TokenizerFiles:
             os.replace(unfinished, copy)
         return replace(self, path=copy)
 
+    def _copy_folder(self, copy: Path) -> None:
+        unfinished = copy.with_name(f"{copy.name}.tmp")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        new = unfinished / "new"
+        new.mkdir(parents=True)
+        for path in self._files():
+            shutil.copyfile(path, new / path.name)
+        if copy.exists():  # a folder with files in it cannot be replaced in one step
+            os.replace(copy, unfinished / "former")
+        os.replace(new, copy)
+        shutil.rmtree(unfinished)
+
     def _files(self) -> list[Path]:
         if self.path is None:
             return []
         if not self.path.is_dir():
             return [self.path]
-        return sorted(path for path in self.path.rglob("*") if path.is_file())
+        return sorted(
+            path for path in self.path.iterdir() if path.is_file() and path.suffix not in WEIGHTS
+        )
 
 
 class HuggingFaceTokenizer:

@@ -127,7 +127,7 @@ def publish(
 
     Args:
         manifest: what it is to say of the tokenizer; its path is where all is written.
-        tokenizer: is copied beside it.
+        tokenizer: is copied beside it, unless it lies there.
         kept: splits that are in the manifest, or are to be, as they are.
         order: (domain, split) of those that come first.
     """
@@ -137,7 +137,7 @@ def publish(
             replace(manifest, domains=kept).save()
         else:
             manifest.path.unlink(missing_ok=True)
-    if tokenizer is not None and tokenizer.path is not None and tokenizer.path.parent != output:
+    if tokenizer is not None:
         tokenizer = tokenizer.copy_to(output)
     for job in jobs:
         for suffix in ("bin", "idx"):

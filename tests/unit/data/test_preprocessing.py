@@ -2,6 +2,7 @@
 
 import bz2
 import gzip
+import hashlib
 import json
 import lzma
 import os
@@ -18,6 +19,7 @@ from megatron_tikmix.data.jsonl import BadDocument
 from megatron_tikmix.data.preprocessing import pipeline
 from megatron_tikmix.data.preprocessing.parts import PartWriter
 from megatron_tikmix.data.preprocessing.readers import Document, Reading, documents, parts_of
+from megatron_tikmix.data.tokenizer import TokenizerFiles
 from megatron_tikmix.errors import InputError
 from tests.conftest import ROOT, write_tokens, write_word_tokenizer
 
@@ -383,3 +385,60 @@ def test_a_folder_of_transformers_needs_transformers(
     command = ["--output", str(text.parent / "out"), "--input", str(text)]
     assert preprocess_data.main([*command, "--tokenizer", str(folder)]) == 0
     assert manifest_of(text, "out").eod == 7
+
+
+def run_with_folder(text: Path, output: Path, folder: Path, *options: object) -> int:
+    command = ["--output", output, "--tokenizer", folder, "--eod_token", "w0", *options]
+    return preprocess_data.main([str(each) for each in command])
+
+
+def model_folder(folder: Path, **files: str) -> Path:
+    """A model's folder, as `transformers` saves it: a tokenizer, weights and sub-folders."""
+    for inner in ("onnx", ".git"):
+        (folder / inner).mkdir(parents=True)
+        (folder / inner / "large").write_text("weights")
+    for name in ("model-1.safetensors", "pytorch_model.bin", "tf_model.h5"):
+        (folder / name).write_text("weights")
+    write_word_tokenizer(folder / "tokenizer.json")
+    for name, content in files.items():
+        (folder / name).write_text(content)
+    return folder
+
+
+def test_of_a_models_folder_only_the_tokenizer_is_read_and_kept(text: Path) -> None:
+    model = model_folder(text.parent / "model", merges="a b")
+    digest = hashlib.sha256()  # as manifests have it that were made with these files alone
+    for name in ("merges", "tokenizer.json"):
+        content = (model / name).read_bytes()
+        digest.update(b"\0%s\0%d\0%s" % (name.encode(), len(content), content))
+    assert TokenizerFiles(model).fingerprint() == digest.hexdigest()[:32]
+    output = text.parent / "out"
+    assert run_with_folder(text, output, model, "--input", text) == 0
+    assert manifest_of(text, "out").tokenizer == TokenizerFiles(output / "tokenizer")
+    assert sorted(os.listdir(output / "tokenizer")) == ["merges", "tokenizer.json"]
+
+
+def test_a_tokenizers_folder_takes_the_place_of_a_former_one(text: Path) -> None:
+    output = text.parent / "out"
+    for name in ("first", "second"):
+        model = model_folder(text.parent / name, **{name: "a b"})
+        assert run_with_folder(text, output, model, "--input", text, "--replace") == 0
+        manifest_of(text, "out")
+    assert sorted(os.listdir(output / "tokenizer")) == ["second", "tokenizer.json"]
+    assert not list(output.glob("*.tmp"))
+
+
+def test_a_domain_is_added_with_the_tokenizer_that_was_kept(
+    text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = text.parent / "out"
+    assert run_with_folder(text, output, model_folder(text.parent / "hf"), "--input", text) == 0
+    (text.parent / "link").symlink_to(text.parent)
+    monkeypatch.chdir(text.parent)
+    for name, kept in (("c", output), ("d", text.parent / "link" / "out")):
+        more = f"{name}:train={text}/a/train.jsonl"
+        assert run_with_folder(text, Path("out"), kept / "tokenizer", "--input", more) == 0
+    moved = output.rename(text.parent / "moved")
+    manifest = manifest_of(text, "moved")
+    assert manifest.tokenizer == TokenizerFiles(moved / "tokenizer")
+    assert list(manifest.domains) == ["d", "c", "a", "b"]
