@@ -292,7 +292,7 @@ def preprocess(arguments: argparse.Namespace) -> None:
     for domain, splits in adopted.items():
         kept[domain] = kept.get(domain, {}) | splits
     manifest = publish(manifest, merged, tokenizer, kept, named)
-    clean_up(unfinished)
+    clean_up(unfinished, tokenizer.path if arguments.train_tokenizer else None)
     print_table(manifest, {job.source.key: counts for job, counts in merged.items()})
 
 
@@ -372,10 +372,10 @@ def encode_all(
         )
 
 
-def clean_up(folder: Path) -> None:
-    """Remove what no later start needs; another run's parts stay."""
-    for path in folder.glob("tokenizer-*"):
-        shutil.rmtree(path)
+def clean_up(folder: Path, trained: Path | None) -> None:
+    """Remove what no later start needs: the tokenizer that was trained; another run's files stay."""
+    if trained is not None:
+        shutil.rmtree(trained.parent)
     if folder.exists() and not any(folder.iterdir()):
         folder.rmdir()
 

@@ -1,6 +1,7 @@
 """Parts of all sources, encoded in several processes, on several machines, and across restarts."""
 
 import multiprocessing
+import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -39,6 +40,12 @@ class Job:
     def merged(self) -> Path:
         """Where all parts together are written."""
         return self.folder / "merged"
+
+    def folders(self) -> list[Path]:
+        """Its folder, and those of the same split's former texts and options."""
+        # The rest of the name is matched exactly: other splits' may begin with this one's.
+        pattern = rf"{re.escape(self.source.prefix)}-[0-9a-f]{{16}}-\d+"
+        return [path for path in self.folder.parent.iterdir() if re.fullmatch(pattern, path.name)]
 
     def missing(self) -> list[int]:
         """The parts that are still to be made."""

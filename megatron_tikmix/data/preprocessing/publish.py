@@ -2,7 +2,6 @@
 
 import dataclasses
 import gc
-import glob
 import json
 import os
 import shutil
@@ -161,6 +160,6 @@ def publish(
     manifest = replace(manifest, domains=domains, tokenizer=tokenizer)
     manifest.save()
     for job in jobs:
-        for folder in job.folder.parent.glob(f"{glob.escape(job.source.prefix)}-*-*"):
+        for folder in job.folders():
             shutil.rmtree(folder)
     return manifest

@@ -288,6 +288,24 @@ def test_a_cut_while_a_single_part_becomes_the_whole_is_made_good(
     assert published(text, "cut") == published(text, "whole")
 
 
+def test_what_another_run_has_unfinished_stays(text: Path) -> None:
+    train = text / "a" / "train.jsonl"
+    inputs = [f"a:train-books={train}", f"tokenizer-words:train={train}"]
+    others = [each for value in inputs for each in ("--input", value)]
+    output = text.parent / "out"
+    command = ["--tokenizer_library", "byte-level", "--output", str(output), *others]
+    assert preprocess_data.main([*command, "--shard", "0/1"]) == 0
+    unfinished = output / ".unfinished"
+    (unfinished / "tokenizer-0123456789abcdef").mkdir()
+    there = set(unfinished.iterdir())
+    assert len(there) == 3
+    assert run(text, "out", "--shard", "0/1") == 0
+    train.write_bytes(jsonl(["w1"]))  # what was made of its former content goes
+    options = ["--output", str(output), "--input", str(text), "--train_tokenizer"]
+    assert preprocess_data.main([*options, "--vocab_size", "300"]) == 0
+    assert set(unfinished.iterdir()) == there
+
+
 def test_a_domain_can_be_added_later_and_another_tokenizer_is_refused(
     text: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
