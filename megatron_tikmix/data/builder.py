@@ -1,5 +1,6 @@
 """Opens the data that a configuration names: domains, tasks, and the first mixture."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from megatron_tikmix.config import MixtureSections
@@ -145,11 +146,13 @@ class TrainingData:
         """Refuse a mixture that is settled from the start and takes more than `max_epochs`.
 
         Raises:
-            InputError: says which domain runs dry, when, and what would help.
+            InputError: says which domain runs dry, when, and what would help; or it caps a domain
+                that the run does not have.
         """
         caps = config.remix.constraints.max_epochs
         if caps is None:
             return
+        self._check_known("remix.constraints.max_epochs", caps if isinstance(caps, dict) else ())
         train, reset = config.train, config.first_reset()
         end = train.consumed_samples(train.train_iters if reset is None else reset)
         schedule = self.planned or self.initial_schedule()
@@ -184,13 +187,16 @@ class TrainingData:
                 )
             except InputError as error:
                 raise InputError(f"data.initial_mixture {initial}: {error}") from error
-        unknown = set(initial) - set(self.names)
-        if unknown:
-            raise InputError(
-                f"data.initial_mixture: unknown domains {', '.join(sorted(unknown))}; the run's "
-                f"are {', '.join(self.names)}"
-            )
+        self._check_known("data.initial_mixture", initial)
         try:
             return Mixture({name: initial.get(name, 0.0) for name in self.names})
         except InputError as error:
             raise InputError(f"data.initial_mixture: {error}") from error
+
+    def _check_known(self, field: str, names: Iterable[str]) -> None:
+        unknown = set(names) - set(self.names)
+        if unknown:
+            raise InputError(
+                f"{field}: unknown domains {', '.join(sorted(unknown))}; the run's are "
+                f"{', '.join(self.names)}"
+            )

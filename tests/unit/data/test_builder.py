@@ -1,4 +1,4 @@
-"""The initial mixture, by the policies that look at nothing but the size of the domains."""
+"""The initial mixture, by the policies that look at nothing but size; and caps on domains."""
 
 from pathlib import Path
 from typing import Any
@@ -6,19 +6,22 @@ from typing import Any
 import pytest
 import yaml
 
-from megatron_tikmix.config import load_config
+from megatron_tikmix.config import RunConfig, load_config
 from megatron_tikmix.data.builder import TrainingData
 from megatron_tikmix.errors import InputError
 from megatron_tikmix.mixing import Mixture
 from tests.conftest import overridden
 
 
-def initial(settings: dict[str, Any], **fields: Any) -> tuple[Mixture, dict[str, int]]:
-    """The first stage's mixture, and the training tokens of each domain."""
-    overrides = {f"data.{name}": value for name, value in fields.items()}
+def config_of(settings: dict[str, Any], overrides: dict[str, Any]) -> RunConfig:
     path = Path(settings["run_dir"]).with_suffix(".yaml")
     path.write_text(yaml.safe_dump(overridden(settings, overrides)))
-    config, _ = load_config([str(path)])
+    return load_config([str(path)])[0]
+
+
+def initial(settings: dict[str, Any], **fields: Any) -> tuple[Mixture, dict[str, int]]:
+    """The first stage's mixture, and the training tokens of each domain."""
+    config = config_of(settings, {f"data.{name}": value for name, value in fields.items()})
     data = TrainingData(config)
     tokens = {name: data.manifest.split(name, "train").tokens for name in data.names}
     return data.initial_schedule().mixture(0), tokens
@@ -42,3 +45,21 @@ def test_unimax_counts_the_epochs_of_the_whole_run(settings: dict[str, Any]) -> 
         assert weight * drawn <= drawn / 12_000 * tokens[name] * (1 + 1e-6)
     with pytest.raises(InputError, match=r"data.initial_mixture unimax: .* raise max_epochs"):
         initial(settings, initial_mixture="unimax", unimax_epochs=0.01)
+
+
+@pytest.mark.parametrize(
+    "remix", [{"policy": "static"}, {"policy": "schedule"}, {"interval_samples": None}]
+)
+def test_a_cap_on_a_domain_that_is_not_there_is_refused(
+    settings: dict[str, Any], tmp_path: Path, remix: dict[str, Any]
+) -> None:
+    if remix.get("policy") == "schedule":
+        stages = [{"start_sample": 0, "weights": {"low": 0.5, "high": 0.25, "junk": 0.25}}]
+        (tmp_path / "stages.yaml").write_text(yaml.safe_dump(stages))
+        remix = {**remix, "schedule": str(tmp_path / "stages.yaml"), "interval_samples": None}
+        settings["data"].pop("initial_mixture")
+    overrides = {f"remix.{name}": value for name, value in remix.items()}
+    config = config_of(settings, overrides | {"remix.constraints.max_epochs": {"lwo": 99.0}})
+    words = "remix.constraints.max_epochs: unknown domains lwo; the run's are low, high, junk"
+    with pytest.raises(InputError, match=words):
+        TrainingData(config).check_repetition(config)
