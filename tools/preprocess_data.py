@@ -373,7 +373,7 @@ def encode_all(
 
 
 def clean_up(folder: Path, trained: Path | None) -> None:
-    """Remove what no later start needs: the tokenizer that was trained; another run's files stay."""
+    """Remove what no later start needs: the tokenizer just trained; another run's files stay."""
     if trained is not None:
         shutil.rmtree(trained.parent)
     if folder.exists() and not any(folder.iterdir()):

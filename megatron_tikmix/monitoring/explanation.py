@@ -91,7 +91,8 @@ def explain(history: RunHistory, domain: str, stage: int | None = None) -> Expla
     """What pushed `domain` at the boundary before `stage` (None: the last that measured).
 
     Raises:
-        InputError: an unknown domain or stage, or a boundary that solved nothing.
+        InputError: an unknown domain or stage, or a boundary that solved nothing or came before
+            the domain.
     """
     if domain not in history.domains:
         listed = ", ".join(map(clean, history.domains[:12]))
@@ -102,6 +103,12 @@ def explain(history: RunHistory, domain: str, stage: int | None = None) -> Expla
         raise InputError(f"stage {row['stage']}: nothing was solved there: {row.get('reason')}")
     # Of what was solved on: domains without a known influence count as 0, as they did there.
     domains = list(row["weights"])
+    if domain not in domains:
+        added = next(each["stage"] for each in history.stages if domain in each["weights"])
+        raise InputError(
+            f"stage {row['stage']}: domain {clean(domain)} was added later, with stage {added}; "
+            f"ask of a stage that was measured after that"
+        )
     matrix = Influence.of(row, domains)
     assert matrix is not None  # `measured` says so
     solved_D = np.array([solution["mixture"].get(name, 0.0) for name in domains])

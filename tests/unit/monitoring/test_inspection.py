@@ -196,6 +196,27 @@ def test_what_cannot_be_explained_is_said(tmp_path):
         explain(history, "a")
 
 
+def load_tool():
+    spec = importlib.util.spec_from_file_location("inspect_run", TOOL)
+    assert spec is not None
+    assert spec.loader is not None
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    return tool
+
+
+@pytest.mark.parametrize("stage", [[], ["--stage", "1"]])
+def test_a_domain_added_after_the_boundary_is_said_to_be(tmp_path, capsys, stage):
+    run_of_one_decision(tmp_path)
+    added = {"start_iteration": 15, "start_sample": 200, "source": "added"}
+    weights = {"b": 0.25, "a": 0.25, "junk": 0.25, "new": 0.25}
+    append_jsonl(tmp_path / "mixture.jsonl", {"stage": 2, **added, "weights": weights})
+    assert load_tool().main(["why", str(tmp_path), "new", *stage]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("error: stage 1: domain new was added later, with stage 2; ask of")
+    assert told.count("\n") == 1
+
+
 def test_a_kept_mixture_and_a_measured_one_are_noted(tmp_path):
     history, *_ = run_of_one_decision(tmp_path)
     history.stages[1] |= {"source": "kept", "weights": PRIOR.to_json()}
@@ -252,11 +273,7 @@ def test_runs_are_compared_at_equal_samples(tmp_path):
 
 
 def test_the_tool_prints_tables_json_and_errors(tmp_path, capsys):
-    spec = importlib.util.spec_from_file_location("inspect_run", TOOL)
-    assert spec is not None
-    assert spec.loader is not None
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
+    tool = load_tool()
     run_of_one_decision(tmp_path)
     for command in (["summary"], ["mixture"], ["influence"], ["why", "junk"], ["compare"]):
         arguments = [command[0], str(tmp_path), *(command[1:] or [str(tmp_path)])]
