@@ -1,8 +1,11 @@
 """What users copy: every example configuration plans a run, every script is a script."""
 
+import os
 import re
 import shutil
+import signal
 import subprocess
+import time
 from pathlib import Path
 
 import numpy as np
@@ -116,3 +119,60 @@ def test_scripts_ask_for_a_configuration() -> None:
         )
         assert result.returncode != 0
         assert "usage: " in result.stderr
+
+
+SLURM = {
+    "python": "exit 0",
+    "scontrol": 'echo "$@" >> scontrol.log',
+    # The ranks end cleanly as soon as they are told; srun, that told them, some time later.
+    "srun": """
+        echo "$SRUN_CPUS_PER_TASK" > cpus
+        case $1 in
+        --overlap)
+            touch told
+            while kill -0 "$(cat job)" 2>/dev/null; do sleep 0.05; done ;;
+        *)
+            echo $$ > job.new && mv job.new job
+            while [ ! -e told ] && [ ! -e failed ]; do sleep 0.05; done
+            [ ! -e failed ] || exit 3 ;;
+        esac
+    """,
+    # The first look at the job comes only when it has ended.
+    "late": 'kill() { while builtin kill "$@"; do sleep 0.05; done; return 1; }',
+}
+
+
+def start_under_slurm(folder: Path, **environment: str) -> subprocess.Popen[bytes]:
+    """slurm.sbatch in `folder`, with stand-ins for what it calls."""
+    for name, text in SLURM.items():
+        (folder / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
+        (folder / name).chmod(0o755)
+    environment |= {
+        "PATH": f"{folder}:{os.environ['PATH']}",
+        "SLURM_CPUS_PER_TASK": "64",
+        "SLURM_NNODES": "1",
+        "SLURM_JOB_NODELIST": "node",
+        "SLURM_JOB_ID": "7",
+        "USER": "user",
+    }
+    return subprocess.Popen(
+        ["bash", EXAMPLES / "slurm.sbatch", "run.yaml"], cwd=folder, env=environment
+    )
+
+
+def test_a_job_that_was_told_to_save_is_requeued(tmp_path: Path) -> None:
+    script = start_under_slurm(tmp_path)
+    while not (tmp_path / "job").exists():
+        assert script.poll() is None
+        time.sleep(0.05)
+    script.send_signal(signal.SIGUSR1)
+    assert script.wait(timeout=60) == 0
+    assert "requeue 7\n" in (tmp_path / "scontrol.log").read_text()
+    assert (tmp_path / "cpus").read_text() == "64\n"
+
+
+def test_a_job_that_fails_at_once_gives_its_code(tmp_path: Path) -> None:
+    (tmp_path / "failed").touch()
+    script = start_under_slurm(tmp_path, BASH_ENV=str(tmp_path / "late"))
+    assert script.wait(timeout=60) == 3
+    assert "requeue" not in (tmp_path / "scontrol.log").read_text()
