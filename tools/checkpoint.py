@@ -96,7 +96,8 @@ def verify(path: Path) -> Answer:
     Raises:
         InputError: neither a run with checkpoints nor a checkpoint.
     """
-    if path.is_dir() and (path.name.startswith("iter_") or (path / RECORD).exists()):
+    named_so = path.is_dir() and path.name.removeprefix("iter_").isdigit()
+    if named_so or (path / RECORD).exists():
         paths = [path]
     else:
         files = checkpoints_of(path)

@@ -6,6 +6,7 @@ from pathlib import Path
 from megatron_tikmix.config import MixtureSections
 from megatron_tikmix.data.domain_stream import DomainStream, some_documents
 from megatron_tikmix.data.domains import DomainManifest
+from megatron_tikmix.data.open_files import TokenFile
 from megatron_tikmix.data.repetition import first_shortage
 from megatron_tikmix.data.samples import DocumentBoundaries
 from megatron_tikmix.data.tasks import Task, build_task
@@ -93,7 +94,11 @@ class TrainingData:
         split, documents = self.manifest.split(name, "train"), None
         if first_samples is not None:
             documents = some_documents(
-                split, samples=first_samples, sequence_length=sequence_length, seed=seed
+                TokenFile(split.prefix).sequence_lengths,
+                split.tokens,
+                samples=first_samples,
+                sequence_length=sequence_length,
+                seed=seed,
             )
         return DomainStream(
             name,

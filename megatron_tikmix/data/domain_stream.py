@@ -2,7 +2,6 @@
 
 import hashlib
 import logging
-import math
 import os
 import shutil
 from collections import OrderedDict
@@ -67,24 +66,34 @@ _OPEN_INDICES: RecentlyUsed[_Epoch] = RecentlyUsed(64)
 
 
 def some_documents(
-    split: DomainSplit, *, samples: int, sequence_length: int, seed: int
+    lengths: np.ndarray, tokens: int, *, samples: int, sequence_length: int, seed: int
 ) -> np.ndarray | None:
     """Documents, drawn at random, of a stream from which only the first `samples` are read.
 
     An index of a whole domain takes seconds and hundreds of megabytes for billions of tokens.
-    There are enough documents that few of the samples read come from the same one.
+    Those drawn hold twice as many samples, and by their tokens they count for at least four
+    documents a sample, (Σl)²/Σl²: so few of the samples read come from the same one.
+
+    Args:
+        lengths: tokens of each document of the domain, int32 (documents,).
+        tokens: of all.
 
     Returns:
-        sorted indices, int64 (n,); None, for all documents, where the whole index is small anyway.
+        sorted indices, int64 (n,); None, for all documents, where the whole index is small anyway,
+        or half of them would not be enough.
     """
-    if _index_bytes(split.tokens // sequence_length, split.documents) <= SMALL_INDEX_BYTES:
-        return None
-    of_a_sample = sequence_length * split.documents / split.tokens
-    count = math.ceil(samples * max(2 * of_a_sample, 16)) + 64
-    if count > split.documents // 2:
+    if _index_bytes(tokens // sequence_length, len(lengths)) <= SMALL_INDEX_BYTES:
         return None
     generator = np.random.default_rng(seed)
-    return np.sort(generator.choice(split.documents, count, replace=False, shuffle=False))
+    count = 16 * samples
+    while count <= len(lengths) // 2:
+        drawn = np.sort(generator.choice(len(lengths), count, replace=False, shuffle=False))
+        held = lengths[drawn].astype(np.float64)
+        enough = held.sum() >= 2 * samples * sequence_length
+        if enough and held.sum() ** 2 >= 4 * samples * (held**2).sum():
+            return drawn
+        count *= 2
+    return None
 
 
 def _index_bytes(samples: int, documents: int) -> int:

@@ -1,5 +1,6 @@
 """Batches of one data-parallel rank, driven by consumed_samples alone."""
 
+import multiprocessing
 import os
 import signal
 import threading
@@ -94,9 +95,10 @@ def _heed_only_the_parent(worker: int) -> None:
     workers for that. It ends them itself, by the same signal where it has failed.
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+    rank = multiprocessing.parent_process()
 
     def listen() -> None:
-        while signal.sigwaitinfo([signal.SIGTERM]).si_pid != os.getppid():
+        while rank is None or signal.sigwaitinfo([signal.SIGTERM]).si_pid != rank.pid:
             pass
         os._exit(0)
 

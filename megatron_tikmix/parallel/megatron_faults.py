@@ -24,6 +24,7 @@ import queue
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from types import MethodType
 from typing import Any
 
@@ -72,6 +73,7 @@ def results_past_sigterm() -> Iterator[None]:
     A run that is told to end still waits for such a save. The process that holds its results is
     started by the first one, and takes over which signals are blocked.
     """
+    resource_tracker.ensure_running()  # started with that process, it would unblock the signal
     former = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
     try:
         yield

@@ -239,7 +239,8 @@ class Checkpointer:
         path = self._files.path(record["iteration"])
         mend_torch_adam(self._optimizer)
         sharded = self._sharded_state(is_loading=True)
-        same_layout = record["layout"] == self._layout()
+        saved = record["layout"]
+        same_layout = saved == self._layout()[: len(saved)]  # older ones do not name the device
         if not same_layout:  # random streams belong to ranks and devices; others start their own
             del sharded["rng_state"]
         loaded = dist_checkpointing.load(sharded, str(path))

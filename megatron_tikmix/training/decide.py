@@ -325,13 +325,14 @@ class Decider:
         influence = joint_influence(influence)
         if not self._config.smoothing:
             return influence
+        tasks = list(self._task_weights)
         banks = [bank for row in at.ledger if (bank := _bank_of(row)) is not None]
-        measured = [bank for bank in banks if bank.usable().domains and bank.usable().tasks]
+        usable = [(bank, bank.of_tasks(tasks).usable()) for bank in banks]
+        measured = [bank for bank, rows in usable if rows.domains and rows.tasks]
         if joint:  # a stage that measured no domain's own rows says nothing of joint influence
             matrices = [bank.influence_matrix() for bank in measured]
             history = [joint_influence(matrix) for matrix in matrices if has_own_rows(matrix)]
         else:
-            tasks = list(self._task_weights)
             history = [bank.of_tasks(tasks).influence_matrix() for bank in measured]
         return smoothed([*history, influence], self._config.smoothing)
 

@@ -46,7 +46,8 @@ def make_remixer(
     parallel, probe = forward_backward.parallel, config.probe
 
     length = config.data.sequence_length
-    probed = plan.sub_batches * probe.sub_batch_samples
+    # One more, from which squared gradients are taken.
+    probed = (plan.sub_batches + 1) * probe.sub_batch_samples
     if plan.most_tokens is not None:
         probed = max(probed, plan.most_tokens // length)
     rolled_out = max(config.rollout.iters, config.audit.iters) * config.train.global_batch_size

@@ -40,12 +40,15 @@ class RowFile:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._waiting: list[Row] = []
-        self._late = 0  # of those that wait, or waited, when the disk last refused
+        self._late = 0  # rows that the disk refused since it last took all
 
     def append(self, row: Row) -> bool:
         """Write the rows that wait and this one; False if the disk still refuses."""
         self._waiting.append(row)
-        return self.write_waiting()
+        written = self.write_waiting()
+        if not written:
+            self._late += 1
+        return written
 
     def write_waiting(self) -> bool:
         """False if there is no room yet. It is told when that begins, and when it ends."""
@@ -61,7 +64,6 @@ class RowFile:
                     self._path,
                     error.strerror,
                 )
-            self._late = len(self._waiting)
             return False
         if self._late:
             _log.warning("%s is whole again: %d rows were written late", self._path, self._late)

@@ -13,13 +13,8 @@ from megatron.core.datasets.utils import Split
 
 from megatron_tikmix.config import TaskConfig
 from megatron_tikmix.data import domain_stream
-from megatron_tikmix.data.domain_stream import (
-    SMALL_INDEX_BYTES,
-    DomainStream,
-    _EndOfDocument,
-    some_documents,
-)
-from megatron_tikmix.data.domains import DomainManifest, DomainSplit
+from megatron_tikmix.data.domain_stream import DomainStream, _EndOfDocument, some_documents
+from megatron_tikmix.data.domains import DomainManifest
 from megatron_tikmix.data.loader import MicroBatchSampler
 from megatron_tikmix.data.tasks import build_task, micro_batches
 from megatron_tikmix.errors import InputError
@@ -107,30 +102,42 @@ def test_samples_are_those_of_megatrons_own_dataset(corpus: Path) -> None:
 
 
 @given(
-    documents=st.integers(1, 10**7),
-    tokens_each=st.integers(10, 10**5),
-    samples=st.integers(1, 2000),
+    seed=st.integers(0, 1000),
+    documents=st.integers(1, 200_000),
+    spread=st.floats(0, 4),
+    samples=st.integers(1, 500),
     length=st.sampled_from([128, 4096]),
 )
 def test_some_documents_are_enough_for_what_is_read(
-    documents: int, tokens_each: int, samples: int, length: int
+    seed: int, documents: int, spread: float, samples: int, length: int
 ) -> None:
-    """Twice the tokens, 16 documents a sample, no document twice; all of them where that is small
-    or half of the domain."""
-    split = DomainSplit(Path("none"), documents, documents * tokens_each)
-    drawn = some_documents(split, samples=samples, sequence_length=length, seed=5)
+    """Whatever their lengths: twice the tokens, no document twice, and no few that hold it all."""
+    lengths = np.random.default_rng(seed).lognormal(4, spread, documents).astype(np.int32) + 1
+    tokens = int(lengths.sum())
+    asked = {"samples": samples, "sequence_length": length, "seed": 5}
+    drawn = some_documents(lengths, tokens, **asked)
     if drawn is None:
-        index = 12 * split.tokens // length + 4 * documents
-        needed = samples * max(16, 2 * length / tokens_each) + 64
-        assert index <= SMALL_INDEX_BYTES + 12 or needed + 1 > documents // 2
         return
-    assert len(np.unique(drawn)) == len(drawn)
-    assert 0 <= drawn[0] <= drawn[-1] < documents
-    assert len(drawn) * tokens_each >= 2 * samples * length
-    assert len(drawn) >= 16 * samples
-    again = some_documents(split, samples=samples, sequence_length=length, seed=5)
+    assert len(np.unique(drawn)) == len(drawn) <= documents // 2
+    held = lengths[drawn].astype(float)
+    assert held.sum() >= 2 * samples * length
+    # Two tokens drawn at random are of the same document once in 4 × samples times, or less.
+    assert np.sum((held / held.sum()) ** 2) <= 1 / (4 * samples) * (1 + 1e-9)
+    again = some_documents(lengths, tokens, **asked)
     assert again is not None
     assert again.tolist() == drawn.tolist()
+
+
+def test_a_few_documents_that_are_most_of_a_domain_are_not_left_to_chance() -> None:
+    """300 dumps among a million lines; a draw of lines alone would not fill a sample."""
+    lengths = np.full(1_000_000, 20, dtype=np.int32)
+    lengths[::3333] = 2_000_000
+    tokens = int(lengths.sum(dtype=np.int64))
+    assert some_documents(lengths, tokens, samples=64, sequence_length=8192, seed=1) is None
+    alike = np.full(1_000_000, 600, dtype=np.int32)
+    drawn = some_documents(alike, 600_000_000, samples=64, sequence_length=8192, seed=1)
+    assert drawn is not None
+    assert len(drawn) <= 4096
 
 
 def test_a_large_domain_is_probed_through_an_index_of_a_part_of_it(
@@ -142,7 +149,13 @@ def test_a_large_domain_is_probed_through_an_index_of_a_part_of_it(
     split = write_tokens(tmp_path / "large", documents)
 
     def first(seed: int) -> set[int]:
-        drawn = some_documents(split, samples=8, sequence_length=SEQUENCE, seed=seed)
+        drawn = some_documents(
+            np.full(4000, 20, dtype=np.int32),
+            split.tokens,
+            samples=8,
+            sequence_length=SEQUENCE,
+            seed=seed,
+        )
         assert drawn is not None
         assert len(drawn) < 300
         samples = DomainStream(

@@ -1,5 +1,7 @@
 """The faults that parallel/megatron_faults.py works around are there, and are worked around."""
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -94,3 +96,25 @@ def in_place(part: DistributedOptimizer) -> list[bool]:
         place = saved["param"][start:end]
         found.append(torch.equal(place, main.detach().cpu()[: len(place)]))
     return found
+
+
+@pytest.mark.parametrize("mended", [False, True])
+def test_results_of_a_save_in_the_background_outlive_sigterm(mended: bool) -> None:
+    """In a process of its own, as its resource tracker may already run here."""
+    program = """if True:
+        import multiprocessing, os, signal, sys
+        from contextlib import nullcontext
+        from megatron_tikmix.parallel.megatron_faults import results_past_sigterm
+
+        if __name__ == "__main__":
+            with results_past_sigterm() if sys.argv[1] == "True" else nullcontext():
+                manager = multiprocessing.get_context("spawn").Manager()
+            results = manager.Queue()
+            os.kill(manager._process.pid, signal.SIGTERM)
+            manager._process.join(1.0)
+            results.put("written")
+            assert results.get() == "written"
+    """
+    command = [sys.executable, "-c", program, str(mended)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert (result.returncode == 0) == mended, result.stderr

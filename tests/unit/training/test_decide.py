@@ -302,6 +302,23 @@ def test_smoothing_keeps_to_one_kind_of_influence() -> None:
         np.testing.assert_allclose(decision.influence.values_VD, expected.values_VD, atol=1e-9)
 
 
+def test_a_boundary_at_which_every_task_was_lost_does_not_end_the_later_ones() -> None:
+    """The rows of the domains themselves were whole."""
+    for lost, now in (
+        (
+            with_own_rows(bank_of(0.0, values_VD=ALIKE_VD)),
+            with_own_rows(bank_of(0.0, values_VD=ALIKE_VD)),
+        ),
+        (with_own_rows(bank_of(0.0, values_VD=ALIKE_VD)), bank_of(0.0, values_VD=ALIKE_VD)),
+    ):
+        lost.sums_DBV[:, :, :2] = np.nan
+        smoothing = decider(smoothing=0.5)
+        assert smoothing.decide(lost, boundary()).source == "kept"
+        after = smoothing.decide(now, boundary(ledger=[row_of(lost)]))
+        assert after.influence is not None
+        assert after.mixture == smoothing.decide(now, boundary()).mixture
+
+
 def test_a_domain_that_was_left_out_can_return() -> None:
     """In force without b, which is what both tasks are made of."""
     at = boundary(Mixture({"a": 0.5, "b": 0.0, "junk": 0.5}))

@@ -19,7 +19,6 @@ def test_learning_rate_and_adam_follow_the_configuration(
     with one_rank(settings, tmp_path) as run:
         train_interval(run, until=2)
         assert run.checkpointer.save(run.state, wait=True)
-        steps = [group["step"] for group in run.optimizer.param_groups if "step" in group]
     changed = {
         "optimizer.lr": 3e-4,
         "optimizer.adam_beta1": 0.7,
@@ -29,8 +28,6 @@ def test_learning_rate_and_adam_follow_the_configuration(
     }
     with one_rank(overridden(settings, changed), tmp_path) as run:
         assert run.state.iteration == 2
-        loaded = run.optimizer.param_groups
-        assert [group["step"] for group in loaded if "step" in group] == steps
         train_interval(run, until=3)
         for group in run.optimizer.param_groups:
             assert group["lr"] == pytest.approx(3e-4)
