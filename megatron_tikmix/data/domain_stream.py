@@ -47,7 +47,8 @@ class _Epoch(GPTDataset):
     """
 
     def __getitem__(self, index: int | None) -> Sample:
-        text, _ = self._query_document_sample_shuffle_indices(index)
+        # What else it returns differs between versions of megatron-core.
+        text = self._query_document_sample_shuffle_indices(index)[0]
         tokens = torch.from_numpy(text).long()
         return {
             "tokens": tokens[:-1],
