@@ -62,7 +62,7 @@ def test_every_part_of_a_boundary_on_two_ranks(rows: list[dict[str, Any]]) -> No
 def test_without_anything_applied_training_is_that_of_a_static_run(
     settings: dict[str, Any],
 ) -> None:
-    """Probe and rollouts (an audit is made of them too) leave no trace in the losses, bit for bit."""
+    """Probe and rollouts, and so audits, leave no trace in the losses, bit for bit."""
     runs = {}
     for name, overrides in {
         "measured": {
