@@ -5,6 +5,7 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import copy
+import gc
 import json
 import subprocess
 import sys
@@ -150,6 +151,19 @@ def overridden(settings: dict[str, Any], overrides: dict[str, Any]) -> dict[str,
             place = place.setdefault(section, {})
         place[field] = value
     return result
+
+
+def let_go_of_models() -> None:
+    """Free what a run in this process was made of, once its process groups are gone.
+
+    Hooks of autograd hold megatron-core's DistributedDataParallel in a cycle that is never
+    collected, and so the threads of its process groups: by the thousand, over all tests.
+    """
+    from megatron.core.distributed import DistributedDataParallel
+
+    for chunk in [each for each in gc.get_objects() if type(each) is DistributedDataParallel]:
+        vars(chunk).clear()
+    gc.collect()
 
 
 def launch(

@@ -26,6 +26,7 @@ from megatron_tikmix.training.optimizer_state import distributed_optimizers
 from megatron_tikmix.training.record import Recorder
 from megatron_tikmix.training.rollout import Rollouts
 from megatron_tikmix.training.step import train_step, zero_gradients
+from tests.conftest import let_go_of_models
 
 DROPOUT = {"model.hidden_dropout": 0.1, "model.attention_dropout": 0.1}
 
@@ -39,6 +40,7 @@ def job(settings: dict[str, Any]) -> Iterator[Parallel]:
         yield parallel
     finally:
         shut_down()
+        let_go_of_models()
 
 
 def load_settings(settings: dict[str, Any]) -> tuple[Any, str]:

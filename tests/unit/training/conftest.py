@@ -14,7 +14,7 @@ from megatron_tikmix.parallel.initialize import initialize, shut_down
 from megatron_tikmix.pretrain import build
 from megatron_tikmix.training.loop import Run, train_interval
 from megatron_tikmix.training.record import Recorder
-from tests.conftest import overridden
+from tests.conftest import let_go_of_models, overridden
 from tests.influence_reference import DAMPING
 
 
@@ -52,3 +52,4 @@ def one_rank(settings: dict[str, Any], folder: Path) -> Iterator[Run]:
         yield build(config, TrainingData(config), recorder, parallel)
     finally:
         shut_down()
+        let_go_of_models()
