@@ -50,7 +50,9 @@ _log = logging.getLogger(__name__)
 _SHARDING = {"distrib_optim_sharding_type": "fully_reshardable"}
 
 
-# Of the optimizer: what a resumed run takes from its configuration, not from the checkpoint.
+# Of a group of the optimizer's parameters: what tells it from the others, and what a resumed run
+# takes from its configuration. (From 0.19 on megatron-core also tells them by learning rates.)
+_IDENTITY = ("wd_mult", "lr_mult", "is_expert_parallel", "is_decoupled_lr")
 _CONFIGURED = ("max_lr", "min_lr", "betas", "eps")
 
 
@@ -246,10 +248,8 @@ class Checkpointer:
         loaded = dist_checkpointing.load(sharded, str(path))
         for index, chunk in enumerate(self._model):
             chunk.load_state_dict(loaded[f"model{index}"])
-        configured = [dict(group) for group in self._optimizer.param_groups]
+        _follow_configuration(loaded["optimizer"], self._optimizer.param_groups)
         self._optimizer.load_state_dict(loaded["optimizer"])
-        for group, own in zip(self._optimizer.param_groups, configured, strict=True):
-            group.update({name: own[name] for name in _CONFIGURED if name in own})
         unshare_steps(self._optimizer)
         self._scheduler.load_state_dict(loaded["scheduler"])
         if same_layout:
@@ -350,3 +350,17 @@ class Checkpointer:
             (groups.pp.rank(), groups.tp.rank(), groups.dp.rank()),
         )
         return state
+
+
+def _follow_configuration(saved: Any, groups: Sequence[dict[str, Any]]) -> None:
+    """Put what is configured for each of `groups` into the optimizer's state that was saved."""
+    if not isinstance(saved, dict):
+        return
+    own = {tuple(group.get(name) for name in _IDENTITY): group for group in groups}
+    for key, value in saved.items():
+        if key != "param_groups":
+            _follow_configuration(value, groups)
+            continue
+        for group in value:
+            configured = own.get(tuple(group.get(name) for name in _IDENTITY), {})
+            group.update({name: configured[name] for name in _CONFIGURED if name in configured})

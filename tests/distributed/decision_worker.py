@@ -22,8 +22,8 @@ from megatron_tikmix.parallel.collectives import (
 )
 from megatron_tikmix.parallel.initialize import Parallel
 
-TIMEOUT_SECONDS = 4
-DECISION_TIMEOUT_SECONDS = 12
+TIMEOUT_SECONDS = 10
+DECISION_TIMEOUT_SECONDS = 40
 
 
 def main(solve_seconds: float) -> None:

@@ -15,7 +15,7 @@ def decide(solve_seconds: float) -> subprocess.CompletedProcess[str]:
         [sys.executable, *torchrun, str(worker), str(solve_seconds)],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=240,
         check=False,
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
