@@ -96,9 +96,10 @@ def _heed_only_the_parent(worker: int) -> None:
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
     rank = multiprocessing.parent_process()
+    assert rank is not None  # of a worker there is one
 
     def listen() -> None:
-        while rank is None or signal.sigwaitinfo([signal.SIGTERM]).si_pid != rank.pid:
+        while signal.sigwaitinfo([signal.SIGTERM]).si_pid != rank.pid:
             pass
         os._exit(0)
 
