@@ -47,6 +47,7 @@ def main(solve_seconds: float) -> None:
         check_same_on_all_ranks(str(parallel.rank), "the mixture schedule", parallel)
     except TrainingError as error:
         print(f"rank {parallel.rank}: {error}", flush=True)
+        time.sleep(3)  # who leaves at once may take the connection from who is not told yet
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ def test_a_slow_solve_trips_no_timeout_but_its_own() -> None:
         "the same code"
     )
     for rank in (0, 1):  # both are told, and so both end
-        assert f"rank {rank}: {words}" in result.stdout
+        assert f"rank {rank}: {words}" in result.stdout, result.stderr
 
 
 def test_a_solve_that_never_ends_is_given_up() -> None:
