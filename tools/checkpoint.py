@@ -12,6 +12,7 @@ path that is neither a run nor a checkpoint.
 """
 
 import argparse
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -96,8 +97,8 @@ def verify(path: Path) -> Answer:
     Raises:
         InputError: neither a run with checkpoints nor a checkpoint.
     """
-    named_so = path.is_dir() and path.name.removeprefix("iter_").isdigit()
-    if named_so or (path / RECORD).exists():
+    named_so = re.fullmatch(r"iter_\d+", path.name) is not None
+    if (named_so and path.is_dir()) or (path / RECORD).exists():
         paths = [path]
     else:
         files = checkpoints_of(path)

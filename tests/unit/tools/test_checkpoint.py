@@ -79,6 +79,13 @@ def test_a_checkpoint_whose_record_is_gone_is_damaged(
     assert (answer["checkpoints"], len(answer["damaged"])) == ([], 2)
 
 
+def test_a_run_may_be_named_by_a_number(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("42", "iter_ablation"):
+        run_dir = run_dir.rename(run_dir.with_name(name))
+        assert main(["verify", str(run_dir)]) == 0
+        assert capsys.readouterr().out.count(": whole") == 2
+
+
 def test_show(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = run_dir / "checkpoints" / "iter_0000002"
     assert main(["show", str(path), "--json"]) == 0
