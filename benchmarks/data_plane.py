@@ -39,11 +39,11 @@ from rich.console import Console
 from rich.table import Table
 from torch.utils.data import DataLoader
 
-from megatron_tikmix.data.blended_dataset import BlendedDataset
+from megatron_tikmix.data.dataset import BlendedDataset, DataParallelLoader, MicroBatchSampler
 from megatron_tikmix.data.domain_stream import DomainStream
 from megatron_tikmix.data.domains import DomainSplit
-from megatron_tikmix.data.loader import DataParallelLoader, MicroBatchSampler
-from megatron_tikmix.mixing import Mixture, MixtureSchedule
+from megatron_tikmix.mixture.mixture import Mixture
+from megatron_tikmix.mixture.schedule import MixtureSchedule
 
 PARTS = ("blending", "loader", "domains")
 DOMAINS, STAGES, BLOCK = 26, 5, 1024

@@ -37,13 +37,13 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from forked_ranks import fork_rank, free_port
 
-import megatron_tikmix.pretrain as entry
+import megatron_tikmix.training.build as entry
 from megatron_tikmix.config import load_config
-from megatron_tikmix.data.blended_dataset import BlendedDataset
-from megatron_tikmix.monitoring.run_files import append_jsonl, read_jsonl
+from megatron_tikmix.data.dataset import BlendedDataset
+from megatron_tikmix.measure.remixer import Remixer
+from megatron_tikmix.monitoring.files import append_jsonl, read_jsonl
 from megatron_tikmix.training import loop, record
 from megatron_tikmix.training.checkpoint import Checkpointer
-from megatron_tikmix.training.remix import Remixer
 from tests.conftest import build_corpus, without_timings
 
 RANKS = 2

@@ -71,7 +71,7 @@ def write_corpus(folder: Path, domains: int) -> Path:
 def profiled(domains: int, iterations: int) -> dict[str, float]:
     """CPU seconds of one run, by what they went into."""
     from megatron_tikmix.config import load_config
-    from megatron_tikmix.pretrain import pretrain
+    from megatron_tikmix.training.build import pretrain
 
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)

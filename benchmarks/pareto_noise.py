@@ -22,7 +22,10 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from megatron_tikmix.mixing import InfluenceMatrix, Mixture, MixtureConstraints, solve_tikmix_d
+from megatron_tikmix.influence.matrix import InfluenceMatrix
+from megatron_tikmix.mixture.mixture import Mixture
+from megatron_tikmix.solve.constraints import MixtureConstraints
+from megatron_tikmix.solve.tikmix_d import solve_tikmix_d
 
 B = 8
 FREE = MixtureConstraints(max_total_variation=None, pareto=False)

@@ -25,13 +25,11 @@ from rich.console import Console
 from rich.table import Table
 from scipy.optimize import LinearConstraint, minimize
 
-from megatron_tikmix.mixing import (
-    InfluenceMatrix,
-    Mixture,
-    MixtureConstraints,
-    Objective,
-    solve_tikmix_d,
-)
+from megatron_tikmix.influence.matrix import InfluenceMatrix
+from megatron_tikmix.mixture.mixture import Mixture
+from megatron_tikmix.solve.constraints import MixtureConstraints
+from megatron_tikmix.solve.objective import Objective
+from megatron_tikmix.solve.tikmix_d import solve_tikmix_d
 
 TARGETS = {(26, 9): 0.020, (1000, 100): 2.0}
 """Seconds that the issue allows, by (domains, tasks), without cones."""

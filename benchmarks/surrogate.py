@@ -31,8 +31,7 @@ from rich.console import Console
 from rich.table import Table
 from scipy.stats import spearmanr
 
-from megatron_tikmix.mixing import MixtureSurrogate
-from megatron_tikmix.mixing.smooth_fits import LogRidge, MixingLaw
+from megatron_tikmix.solve.surrogate import LogRidge, MixingLaw, MixtureSurrogate
 
 Array = NDArray[np.float64]
 Predictor = Callable[[Array, Array, Array], Array]

@@ -45,16 +45,10 @@ from throughput_parts.plain import PlainLoop, Tokenizer, blended  # noqa: E402
 
 from megatron_tikmix.config import RunConfig, load_config  # noqa: E402
 from megatron_tikmix.data.builder import TrainingData  # noqa: E402
-from megatron_tikmix.parallel.initialize import initialize, shut_down  # noqa: E402
-from megatron_tikmix.pretrain import build  # noqa: E402
-from megatron_tikmix.training.loop import (  # noqa: E402
-    Run,
-    measure,
-    open_stage,
-    reset_mixture,
-    train_interval,
-)
-from megatron_tikmix.training.model import padded_vocab_size  # noqa: E402
+from megatron_tikmix.megatron.groups import initialize, shut_down  # noqa: E402
+from megatron_tikmix.megatron.model import padded_vocab_size  # noqa: E402
+from megatron_tikmix.training.build import build  # noqa: E402
+from megatron_tikmix.training.loop import Run, measure, open_stage, reset_mixture, train_interval  # noqa: E402
 from megatron_tikmix.training.record import Recorder  # noqa: E402
 
 PAIRS, STEPS = 96, 10

@@ -26,13 +26,11 @@ from rich.console import Console
 from rich.table import Table
 from scipy.optimize import minimize
 
-from megatron_tikmix.mixing import (
-    InfluenceMatrix,
-    Mixture,
-    MixtureConstraints,
-    solve_tikmix_d,
-    solve_tikmix_m,
-)
+from megatron_tikmix.influence.matrix import InfluenceMatrix
+from megatron_tikmix.mixture.mixture import Mixture
+from megatron_tikmix.solve.constraints import MixtureConstraints
+from megatron_tikmix.solve.tikmix_d import solve_tikmix_d
+from megatron_tikmix.solve.tikmix_m import solve_tikmix_m
 
 Array = NDArray[np.float64]
 

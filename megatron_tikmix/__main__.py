@@ -4,7 +4,7 @@ import sys
 
 from megatron_tikmix.errors import InputError, TrainingError
 from megatron_tikmix.log import configure_logging, tell_error
-from megatron_tikmix.parallel.apex import check_apex
+from megatron_tikmix.megatron.faults import check_apex
 
 
 def main(arguments: list[str]) -> int:
@@ -14,7 +14,7 @@ def main(arguments: list[str]) -> int:
         check_apex()
         # Imported here: megatron-core takes seconds to load and warns while it does.
         from megatron_tikmix.config import load_config
-        from megatron_tikmix.pretrain import pretrain
+        from megatron_tikmix.training.build import pretrain
 
         config, resolved = load_config(arguments)
         pretrain(config, resolved)

@@ -13,3 +13,7 @@ class TrainingError(RuntimeError):
 
     Raised on every rank alike. Entry points print it on one rank and exit with code 1.
     """
+
+
+class RolloutError(TrainingError):
+    """A rollout failed: raised on every rank alike, with training's state put back."""

@@ -8,13 +8,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from megatron_tikmix.data.probe import ProbeData
 from megatron_tikmix.data.samples import Sample, stack
 from megatron_tikmix.data.tasks import Task
+from megatron_tikmix.measure.probe import InfluenceProbe, ProbeData
+from megatron_tikmix.measure.shards import OptimizerShards
+from megatron_tikmix.megatron.step import ForwardBackward, forward_step
 from megatron_tikmix.training.loop import Run
-from megatron_tikmix.training.optimizer_state import OptimizerShards
-from megatron_tikmix.training.probe import InfluenceProbe
-from megatron_tikmix.training.step import ForwardBackward, forward_step
 
 DAMPING = 0.1
 VOCAB_SIZE = 250

@@ -16,16 +16,15 @@ from megatron.core import tensor_parallel
 from megatron_tikmix.config import load_config
 from megatron_tikmix.data.builder import TrainingData
 from megatron_tikmix.data.domain_stream import DomainStream
-from megatron_tikmix.data.rollout import RolloutData
 from megatron_tikmix.data.tasks import micro_batches
-from megatron_tikmix.mixing import Mixture
-from megatron_tikmix.parallel.initialize import Parallel, initialize, shut_down
-from megatron_tikmix.pretrain import build
+from megatron_tikmix.measure.rollouts import RolloutData, Rollouts
+from megatron_tikmix.measure.shards import distributed_optimizers
+from megatron_tikmix.megatron.groups import Parallel, initialize, shut_down
+from megatron_tikmix.megatron.step import train_step, zero_gradients
+from megatron_tikmix.mixture.mixture import Mixture
+from megatron_tikmix.training.build import build
 from megatron_tikmix.training.loop import Run, train_interval
-from megatron_tikmix.training.optimizer_state import distributed_optimizers
 from megatron_tikmix.training.record import Recorder
-from megatron_tikmix.training.rollout import Rollouts
-from megatron_tikmix.training.step import train_step, zero_gradients
 from tests.conftest import let_go_of_models
 
 DROPOUT = {"model.hidden_dropout": 0.1, "model.attention_dropout": 0.1}

@@ -22,9 +22,9 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_tikmix.errors import InputError
-from megatron_tikmix.mixing import MixtureSchedule
-from megatron_tikmix.monitoring.formatting import clean
-from megatron_tikmix.monitoring.run_files import json_line
+from megatron_tikmix.mixture.schedule import MixtureSchedule
+from megatron_tikmix.monitoring.files import json_line
+from megatron_tikmix.monitoring.words import clean
 from megatron_tikmix.training.checkpoint_files import (
     MANIFEST,
     RECORD,

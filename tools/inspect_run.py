@@ -16,11 +16,12 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
+from megatron_tikmix.decision.explain import explain
 from megatron_tikmix.errors import InputError
-from megatron_tikmix.monitoring import inspection, inspection_tables
-from megatron_tikmix.monitoring.explanation import explain
+from megatron_tikmix.monitoring import answers as inspection
+from megatron_tikmix.monitoring import tables as inspection_tables
+from megatron_tikmix.monitoring.files import json_line
 from megatron_tikmix.monitoring.report import write_report
-from megatron_tikmix.monitoring.run_files import json_line
 
 PIPED_WIDTH = 160
 """Columns of a table that is not for a terminal."""

@@ -41,15 +41,15 @@ from rich.progress import (
 from rich.table import Table
 
 from megatron_tikmix.data.domains import DomainManifest, DomainSplit
-from megatron_tikmix.data.preprocessing.new_tokenizer import SMALLEST_VOCABULARY, train_tokenizer
-from megatron_tikmix.data.preprocessing.parts import Counts, Encoding
-from megatron_tikmix.data.preprocessing.pipeline import PART_BYTES, Job, encode, plan
-from megatron_tikmix.data.preprocessing.publish import Splits, adopt, merge, publish, still_whole
-from megatron_tikmix.data.preprocessing.readers import Reading
-from megatron_tikmix.data.preprocessing.sources import Source, find_sources
-from megatron_tikmix.data.preprocessing.worker import limit_threads
 from megatron_tikmix.data.tokenizer import END_OF_DOCUMENT, LIBRARIES, TokenizerFiles
 from megatron_tikmix.errors import InputError
+from megatron_tikmix.prepare.parts import Counts, Encoding
+from megatron_tikmix.prepare.pipeline import PART_BYTES, Job, encode, plan
+from megatron_tikmix.prepare.publish import Splits, adopt, merge, publish, still_whole
+from megatron_tikmix.prepare.readers import Reading
+from megatron_tikmix.prepare.sources import Source, find_sources
+from megatron_tikmix.prepare.train_tokenizer import SMALLEST_VOCABULARY, train_tokenizer
+from megatron_tikmix.prepare.worker import limit_threads
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -45,10 +45,10 @@ def propose_mixture(argv: Sequence[str] | None) -> None:
     """
     arguments, overrides = build_parser().parse_known_args(argv)
     # Imported here: megatron-core takes seconds to load.
-    from megatron_tikmix.monitoring.boundary_table import boundary_table
-    from megatron_tikmix.monitoring.decision import decision_in_words
-    from megatron_tikmix.monitoring.run_files import json_line
-    from megatron_tikmix.proposal import propose, read_config
+    from megatron_tikmix.cli.propose import propose, read_config
+    from megatron_tikmix.monitoring.files import json_line
+    from megatron_tikmix.monitoring.tables import boundary_table
+    from megatron_tikmix.monitoring.words import decision_in_words
 
     if arguments.json is not None and not arguments.json.parent.is_dir():
         raise InputError(f"--json {arguments.json}: there is no folder {arguments.json.parent}")

@@ -11,9 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_tikmix.config import RunConfig
-from megatron_tikmix.mixing import Mixture
-from megatron_tikmix.parallel.initialize import initialize, shut_down
-from megatron_tikmix.pretrain import build, load_data
+from megatron_tikmix.megatron.groups import initialize, shut_down
+from megatron_tikmix.mixture.mixture import Mixture
+from megatron_tikmix.training.build import build, load_data
 from megatron_tikmix.training.loop import Run, measure, open_stage, realised_mixture, train_interval
 from megatron_tikmix.training.record import Recorder
 

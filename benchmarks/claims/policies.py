@@ -10,7 +10,8 @@ import yaml
 from claims import searches
 from claims.runs import Experiment, Result, Runner
 from claims.searches import Choice, static
-from megatron_tikmix.mixing import Mixture, propose_mixture
+from megatron_tikmix.mixture.initial import propose_mixture
+from megatron_tikmix.mixture.mixture import Mixture
 
 PAPER = {"remix.policy": "tikmix_d", "remix.preset": "paper"}
 DEFAULT = {"remix.policy": "tikmix_d"}

@@ -108,7 +108,9 @@ class Runner:
 
     def _pool(self, most: int) -> ProcessPoolExecutor:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["megatron_tikmix.pretrain", "claims.runs", "claims.online"])
+        context.set_forkserver_preload(
+            ["megatron_tikmix.training.build", "claims.runs", "claims.online"]
+        )
         os.environ["OMP_NUM_THREADS"] = "1"
         os.environ["PYTHONWARNINGS"] = "ignore"
         return ProcessPoolExecutor(
@@ -160,8 +162,8 @@ def _train(experiment: Experiment, folder: Path) -> Result:
 
     from claims import online
     from megatron_tikmix.config import load_config
-    from megatron_tikmix.pretrain import pretrain
-    from megatron_tikmix.training.flops import flops_per_token
+    from megatron_tikmix.measure.flops import flops_per_token
+    from megatron_tikmix.training.build import pretrain
 
     torch.set_num_threads(1)
     arguments = [str(folder / "run.yaml"), "--run_dir", str(folder / "run")]

@@ -27,11 +27,11 @@ from influence_parts.decision import (
 )
 from influence_parts.statistics import Array, correlations
 from influence_parts.trained import Figures, Settings, Trained, chosen, trained
-from megatron_tikmix.data.probe import ProbeData
 from megatron_tikmix.data.samples import Sample
+from megatron_tikmix.influence.bank import SubBatchBank
 from megatron_tikmix.influence.budget import shared_out
-from megatron_tikmix.influence.sub_batch_bank import SubBatchBank
-from megatron_tikmix.mixing import Mixture
+from megatron_tikmix.measure.probe import ProbeData
+from megatron_tikmix.mixture.mixture import Mixture
 
 MIXTURES = 254
 PROBE_SUB_BATCHES = (8, 16, 32, 64, 128, 256, 400)

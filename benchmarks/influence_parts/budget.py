@@ -12,9 +12,9 @@ from influence_parts.additivity import shuffled
 from influence_parts.decision import SUB_BATCH_SAMPLES, Decision, reference_bank
 from influence_parts.statistics import mean_and_interval
 from influence_parts.trained import Figures, Settings, chosen, trained
+from megatron_tikmix.influence.bank import MIN_SUB_BATCHES, SubBatchBank
 from megatron_tikmix.influence.budget import AdaptiveBudget, shared_out
-from megatron_tikmix.influence.sub_batch_bank import MIN_SUB_BATCHES, SubBatchBank
-from megatron_tikmix.mixing import Mixture
+from megatron_tikmix.mixture.mixture import Mixture
 
 PRECISIONS = (0.05, 0.025, 0.0125)
 RUNS = 24

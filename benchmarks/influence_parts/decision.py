@@ -4,8 +4,10 @@ from dataclasses import dataclass, field
 
 from influence_parts.trained import Settings, Trained, large_bank
 from megatron_tikmix.config import RemixConfig
-from megatron_tikmix.influence.sub_batch_bank import SubBatchBank
-from megatron_tikmix.mixing import InfluenceMatrix, Mixture, solve_tikmix_d
+from megatron_tikmix.influence.bank import SubBatchBank
+from megatron_tikmix.influence.matrix import InfluenceMatrix
+from megatron_tikmix.mixture.mixture import Mixture
+from megatron_tikmix.solve.tikmix_d import solve_tikmix_d
 
 SUB_BATCHES = 1600
 SUB_BATCH_SAMPLES = 4

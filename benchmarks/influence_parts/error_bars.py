@@ -13,7 +13,7 @@ from influence_parts.additivity import shuffled
 from influence_parts.decision import SUB_BATCH_SAMPLES, reference_bank
 from influence_parts.statistics import Array
 from influence_parts.trained import Figures, Settings, Trained, chosen, large_bank, trained
-from megatron_tikmix.influence.sub_batch_bank import SubBatchBank
+from megatron_tikmix.influence.bank import SubBatchBank
 
 SUB_BATCHES = (8, 16, 32)
 PROBES = 200

@@ -19,7 +19,7 @@ from rich.table import Table
 from influence_parts.statistics import Array, mean_and_interval
 from influence_parts.trained import Figures, Settings, Trained, trained, write_json
 from megatron_tikmix.errors import InputError
-from megatron_tikmix.training.step import train_step
+from megatron_tikmix.megatron.step import train_step
 
 RANKS = 2
 REPETITIONS = 6

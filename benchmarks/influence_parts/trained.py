@@ -18,18 +18,16 @@ from rich.console import Console
 from megatron_tikmix.config import ProbeConfig, RunConfig, load_config
 from megatron_tikmix.data.builder import TrainingData
 from megatron_tikmix.data.domain_stream import DomainStream
-from megatron_tikmix.data.probe import ProbeData
-from megatron_tikmix.data.rollout import RolloutData
 from megatron_tikmix.errors import InputError
-from megatron_tikmix.influence.sub_batch_bank import SubBatchBank
-from megatron_tikmix.parallel.initialize import initialize, shut_down
-from megatron_tikmix.pretrain import build
+from megatron_tikmix.influence.bank import SubBatchBank
+from megatron_tikmix.measure.probe import InfluenceProbe, ProbeData
+from megatron_tikmix.measure.rollouts import RolloutData, Rollouts
+from megatron_tikmix.measure.shards import OptimizerShards
+from megatron_tikmix.megatron.groups import initialize, shut_down
 from megatron_tikmix.seeds import derived_seed
+from megatron_tikmix.training.build import build
 from megatron_tikmix.training.loop import Run
-from megatron_tikmix.training.optimizer_state import OptimizerShards
-from megatron_tikmix.training.probe import InfluenceProbe
 from megatron_tikmix.training.record import Recorder
-from megatron_tikmix.training.rollout import Rollouts
 
 CONFIG = Path(__file__).resolve().parents[1] / "influence.yaml"
 

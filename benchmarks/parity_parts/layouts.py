@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from rich.table import Table
 
 from megatron_tikmix.errors import InputError
-from megatron_tikmix.influence.sub_batch_bank import SubBatchBank
+from megatron_tikmix.influence.bank import SubBatchBank
 from parity_parts.start import BOUNDARIES, START, Figures, Settings, launch
 
 TP, PP = "model.tensor_model_parallel_size", "model.pipeline_model_parallel_size"

@@ -18,8 +18,8 @@ from rich.table import Table
 
 from megatron_tikmix.config import load_config
 from megatron_tikmix.data.builder import TrainingData
-from megatron_tikmix.parallel.initialize import initialize, shut_down
-from megatron_tikmix.pretrain import build
+from megatron_tikmix.megatron.groups import initialize, shut_down
+from megatron_tikmix.training.build import build
 from megatron_tikmix.training.record import Recorder
 from parity_parts.start import Figures, Settings, new_run, on_ranks
 from tests.live_bytes import LiveBytes

@@ -8,7 +8,7 @@ from influence_parts.statistics import correlations
 from influence_parts.trained import write_json
 from rich.table import Table
 
-from megatron_tikmix.influence.sub_batch_bank import SubBatchBank
+from megatron_tikmix.influence.bank import SubBatchBank
 from parity_parts.layouts import PP, REFERENCE, SP, TP, banks, rows
 from parity_parts.start import BOUNDARIES, Figures, Settings, launch
 

@@ -5,15 +5,21 @@ every field they have can be set. The other sections are declared here. A field'
 is what ``--help`` shows.
 """
 
-from megatron_tikmix.config.command_line import build_parser, load_config
-from megatron_tikmix.config.data import DataConfig, EvaluateConfig, TaskConfig
-from megatron_tikmix.config.launched import launched_world
-from megatron_tikmix.config.mixture import HostedConfig, MixtureSections
+from megatron_tikmix.config.command_line import build_parser, launched_world, load_config
 from megatron_tikmix.config.model import GPTConfig
 from megatron_tikmix.config.probe import ParametersConfig, ProbeConfig
 from megatron_tikmix.config.remix import AuditConfig, ConstraintsConfig, RemixConfig, RolloutConfig
 from megatron_tikmix.config.run import RunConfig
-from megatron_tikmix.config.train import CheckpointConfig, SchedulerConfig, TrainConfig
+from megatron_tikmix.config.sections import (
+    CheckpointConfig,
+    DataConfig,
+    EvaluateConfig,
+    HostedConfig,
+    MixtureSections,
+    SchedulerConfig,
+    TaskConfig,
+    TrainConfig,
+)
 
 __all__ = [
     "AuditConfig",

@@ -9,8 +9,8 @@ import torch
 from megatron_tikmix.config.requirement import require
 
 if TYPE_CHECKING:
-    from megatron_tikmix.config.mixture import MixtureSections
     from megatron_tikmix.config.run import RunConfig
+    from megatron_tikmix.config.sections import MixtureSections
 
 
 UNSUPPORTED: dict[str, tuple[Callable[["RunConfig"], bool], str]] = {

@@ -1,6 +1,7 @@
 """Reads ``[CONFIG.yaml] [--section.field value ...]``, and teaches it with ``--help``."""
 
 import difflib
+import os
 import re
 from operator import attrgetter
 from pathlib import Path
@@ -135,3 +136,12 @@ def _in_one_sentence(message: str, parser: ArgumentParser, file: str) -> str:
     nearest = difflib.get_close_matches(name, fields, n=1, cutoff=0.5)
     hint = f"did you mean {nearest[0]}?" if nearest else "see --help"
     return f"unknown configuration field {name}; {hint}"
+
+
+# The place of this process in the job that launched it.
+
+
+def launched_world() -> tuple[int, int, int]:
+    """(rank, local rank, world size), from the variables torchrun sets; 0, 0, 1 without it."""
+    read = os.environ.get
+    return int(read("RANK", 0)), int(read("LOCAL_RANK", 0)), int(read("WORLD_SIZE", 1))

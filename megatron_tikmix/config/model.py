@@ -8,7 +8,7 @@ import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_tikmix.config.requirement import require
-from megatron_tikmix.parallel.megatron_faults import settle_pipeline
+from megatron_tikmix.megatron.faults import settle_pipeline
 
 
 @dataclass(kw_only=True)

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from megatron_tikmix.config.requirement import require
 from megatron_tikmix.errors import InputError
-from megatron_tikmix.mixing import MixtureConstraints
+from megatron_tikmix.solve.constraints import MixtureConstraints
 
 
 @dataclass(frozen=True, kw_only=True)

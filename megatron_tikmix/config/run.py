@@ -11,13 +11,19 @@ from megatron_tikmix.config.checks import (
     check_schedule,
     check_supported,
 )
-from megatron_tikmix.config.data import DataConfig, EvaluateConfig, TaskConfig
-from megatron_tikmix.config.mixture import MixtureSections
 from megatron_tikmix.config.model import GPTConfig
 from megatron_tikmix.config.probe import ProbeConfig
 from megatron_tikmix.config.remix import AuditConfig, RemixConfig, RolloutConfig
 from megatron_tikmix.config.requirement import require
-from megatron_tikmix.config.train import CheckpointConfig, SchedulerConfig, TrainConfig
+from megatron_tikmix.config.sections import (
+    CheckpointConfig,
+    DataConfig,
+    EvaluateConfig,
+    MixtureSections,
+    SchedulerConfig,
+    TaskConfig,
+    TrainConfig,
+)
 
 
 @dataclass(kw_only=True)

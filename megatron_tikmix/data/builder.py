@@ -6,13 +6,16 @@ from pathlib import Path
 from megatron_tikmix.config import MixtureSections
 from megatron_tikmix.data.domain_stream import DomainStream, some_documents
 from megatron_tikmix.data.domains import DomainManifest
-from megatron_tikmix.data.open_files import TokenFile
-from megatron_tikmix.data.repetition import first_shortage
 from megatron_tikmix.data.samples import DocumentBoundaries
 from megatron_tikmix.data.tasks import Task, build_task
+from megatron_tikmix.data.token_files import TokenFile
 from megatron_tikmix.errors import InputError
-from megatron_tikmix.mixing import Mixture, MixtureSchedule, ScheduleFile, propose_mixture
-from megatron_tikmix.mixing.joint_influence import OWN_ROW
+from megatron_tikmix.influence.matrix import OWN_ROW
+from megatron_tikmix.mixture.initial import propose_mixture
+from megatron_tikmix.mixture.mixture import Mixture
+from megatron_tikmix.mixture.repetition import first_shortage
+from megatron_tikmix.mixture.schedule import MixtureSchedule
+from megatron_tikmix.mixture.schedule_file import ScheduleFile
 from megatron_tikmix.seeds import derived_seed
 
 

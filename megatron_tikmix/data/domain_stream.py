@@ -17,9 +17,9 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.utils import Split
 from torch.utils.data import get_worker_info
 
-from megatron_tikmix.data.domains import AGAIN, DomainSplit
-from megatron_tikmix.data.open_files import RecentlyUsed, TokenFile
+from megatron_tikmix.data.domains import DomainSplit
 from megatron_tikmix.data.samples import Sample
+from megatron_tikmix.data.token_files import AGAIN, RecentlyUsed, TokenFile
 from megatron_tikmix.errors import InputError
 from megatron_tikmix.seeds import derived_seed
 

@@ -1,20 +1,210 @@
-"""Validation tasks: held-out tokens or prompts, cut into items that decide and that report."""
+"""Prompt/completion items as samples whose loss counts on the completion only."""
 
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+import torch
 from megatron.core.datasets.indexed_dataset import IndexedDataset
+from numpy.typing import NDArray
 
 from megatron_tikmix.config import TaskConfig
-from megatron_tikmix.data.completions import CompletionStream, halves, read_items
 from megatron_tikmix.data.domain_stream import DomainStream
 from megatron_tikmix.data.domains import DomainManifest, DomainSplit
+from megatron_tikmix.data.jsonl import Line, parse_object, read_lines, text_of
 from megatron_tikmix.data.samples import Sample, stack
 from megatron_tikmix.data.token_files import TokenFiles
+from megatron_tikmix.data.tokenizer import TextTokenizer
 from megatron_tikmix.errors import InputError
 from megatron_tikmix.seeds import derived_seed
+
+_AT_ONCE = 1024  # items that are tokenised together
+
+
+@dataclass(frozen=True)
+class Item:
+    """One item, cut to one sample.
+
+    Attributes:
+        ids: at most sequence_length + 1 of them, int32, the completion's last.
+        completion: how many of them are the completion's; at least one is not.
+        bytes: of the completion, as UTF-8.
+        group: items of the same number have the same prompt.
+        cut: which of ``prompt`` and ``completion`` did not fit.
+    """
+
+    ids: NDArray[np.int32]
+    completion: int
+    bytes: int
+    group: int
+    cut: tuple[str, ...]
+
+
+def read_items(
+    path: Path,
+    task: str,
+    *,
+    prompt_field: str,
+    completion_field: str,
+    tokenizer: TextTokenizer,
+    vocab_size: int,
+    eod: int,
+    sequence_length: int,
+    needs_prompt: bool = False,
+) -> list[Item]:
+    """The items of a JSONL file, plain or compressed, one object a line.
+
+    The end-of-document token goes before every prompt, as before every document in training.
+    Prompt and completion are tokenised apart, after blanks at the end of the prompt are moved to
+    the beginning of the completion, where tokenizers want them: so the completion's tokens are
+    its own, and its bytes are known.
+
+    Args:
+        task: the field of the configuration that names the file, for messages.
+        needs_prompt: refuse completions without a prompt.
+
+    Raises:
+        InputError: names the file and the line that is not what it must be.
+    """
+    if not path.is_file():
+        raise InputError(f"{task}.prompts: {path}: no such file")
+    items: list[Item] = []
+    groups: dict[str, int] = {}
+    for batch in _batches(path, task, prompt_field, completion_field):
+        prompts = tokenizer.encode([prompt for _, prompt, _ in batch])
+        completions = tokenizer.encode([completion for _, _, completion in batch])
+        for (where, prompt, text), before, after in zip(batch, prompts, completions, strict=True):
+            if not after:
+                raise InputError(f"{where} field {completion_field!r} has no text; leave it out")
+            if max(*before, *after, 0) >= vocab_size:
+                raise InputError(
+                    f"{where} a token has id {max(*before, *after)}, and the manifest has a "
+                    f"vocabulary of {vocab_size}: its tokenizer is another; preprocess the data "
+                    f"again with this one"
+                )
+            if needs_prompt and not before:
+                raise InputError(
+                    f"{where} field {prompt_field!r} is empty, and with data.eod_mask_loss what "
+                    f"follows the end of a document does not count; give it a prompt"
+                )
+            group = groups.setdefault(prompt, len(groups))
+            items.append(_item([eod, *before], after, text, group, tokenizer, sequence_length))
+    if len(groups) < 2:
+        raise InputError(
+            f"{task}.prompts: {path} has {len(groups)} different prompts, and at least 2 are "
+            f"needed: some items decide, and others report"
+        )
+    return items
+
+
+def _batches(
+    path: Path, task: str, prompt_field: str, completion_field: str
+) -> Iterator[list[tuple[Line, str, str]]]:
+    """(where, prompt, completion) of every item."""
+    batch: list[tuple[Line, str, str]] = []
+    example = f'{{"{prompt_field}": ..., "{completion_field}": ...}}'
+    for line in read_lines(path):
+        content = parse_object(line, example)
+        prompt = text_of(content, prompt_field, line, f"{task}.prompt_field")
+        completion = text_of(content, completion_field, line, f"{task}.completion_field")
+        stripped = prompt.rstrip()
+        batch.append((line, stripped, prompt[len(stripped) :] + completion))
+        if len(batch) == _AT_ONCE:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def _item(
+    context: list[int],
+    completion: list[int],
+    text: str,
+    group: int,
+    tokenizer: TextTokenizer,
+    sequence_length: int,
+) -> Item:
+    cut: list[str] = []
+    if len(completion) > sequence_length:
+        cut.append("completion")
+        completion = completion[:sequence_length]
+        text = tokenizer.decode(completion)
+    room = sequence_length + 1 - len(completion)
+    if len(context) > room:
+        cut.append("prompt")
+        context = context[-room:]
+    return Item(
+        ids=np.array([*context, *completion], dtype=np.int32),
+        completion=len(completion),
+        bytes=len(text.encode()),
+        group=group,
+        cut=tuple(cut),
+    )
+
+
+def halves(items: Sequence[Item], seed: int) -> tuple[list[Item], list[Item]]:
+    """Two halves of about equal completion tokens, in an order drawn from `seed`.
+
+    Items with the same prompt, such as the choices of one question, are in the same half.
+    """
+    lengths = np.bincount(
+        [item.group for item in items], weights=[item.completion for item in items]
+    )
+    order = np.random.default_rng(seed).permutation(len(lengths))
+    place = np.empty(len(order), dtype=np.int64)
+    place[order] = np.arange(len(order))
+    half = int(np.searchsorted(np.cumsum(lengths[order]), lengths.sum() / 2, side="right"))
+    half = min(max(half, 1), len(order) - 1)
+    ordered = sorted(items, key=lambda item: int(place[item.group]))
+    first = [item for item in ordered if place[item.group] < half]
+    return first, ordered[len(first) :]
+
+
+class CompletionStream:
+    """Items as samples of `sequence_length` tokens.
+
+    A sample begins with the item and is filled up with end-of-document tokens on the right, which
+    attention from the item's tokens does not reach. The loss counts where the label is one of the
+    completion's tokens.
+    """
+
+    def __init__(self, items: Sequence[Item], *, sequence_length: int, eod: int) -> None:
+        self._items = items
+        self._length = sequence_length
+        self._eod = eod
+        self.samples_per_epoch = len(items)
+
+    def __getitem__(self, k: int) -> Sample:
+        item = self._items[k % len(self._items)]
+        n = len(item.ids)
+        text = torch.full((self._length + 1,), self._eod, dtype=torch.int64)
+        text[:n] = torch.from_numpy(item.ids)
+        loss_mask = torch.zeros(self._length)
+        loss_mask[n - 1 - item.completion : n - 1] = 1.0
+        return {
+            "tokens": text[:-1].clone(),
+            "labels": text[1:].clone(),
+            "loss_mask": loss_mask,
+            "position_ids": torch.arange(self._length),
+        }
+
+    def padding(self) -> Sample:
+        """A sample that counts for nothing: its loss is masked throughout."""
+        sample = self[0]
+        sample["loss_mask"] = torch.zeros_like(sample["loss_mask"])
+        return sample
+
+    def bits_per_byte(self, loss: float, samples: int) -> float:
+        """Bits per byte of the first `samples` completions, of a mean `loss` in nats per token."""
+        measured = self._items[:samples]
+        tokens = sum(item.completion for item in measured)
+        return loss * tokens / (math.log(2) * sum(item.bytes for item in measured))
+
+
+# Validation tasks: held-out tokens or prompts, cut into items that decide and that report.
 
 
 class SampleStream(Protocol):

@@ -12,8 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_tikmix.errors import InputError
-from megatron_tikmix.influence.sub_batch_bank import MIN_SUB_BATCHES, SubBatchBank
-from megatron_tikmix.mixing import InfluenceMatrix, Mixture
+from megatron_tikmix.influence.bank import MIN_SUB_BATCHES, SubBatchBank
+from megatron_tikmix.influence.matrix import InfluenceMatrix
+from megatron_tikmix.mixture.mixture import Mixture
 
 Array = NDArray[np.float64]
 Solve = Callable[[InfluenceMatrix], Mixture]

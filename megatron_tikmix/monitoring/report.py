@@ -10,20 +10,36 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import plotly.graph_objects as go
+import yaml
 
+from megatron_tikmix.decision.explain import Change, Explanation, explain
 from megatron_tikmix.errors import InputError
-from megatron_tikmix.monitoring import heat_maps, pictures
-from megatron_tikmix.monitoring.decision import moves, sentence, variation_in_words
-from megatron_tikmix.monitoring.formatting import DASH, clean, count, number, percent, with_error
-from megatron_tikmix.monitoring.history import RunHistory
-from megatron_tikmix.monitoring.page import page, picture, section, table, text
-from megatron_tikmix.monitoring.report_baseline import baseline
-from megatron_tikmix.monitoring.report_reasons import reasons
-from megatron_tikmix.monitoring.report_record import configuration, cost
-from megatron_tikmix.monitoring.run_files import RunFiles
-from megatron_tikmix.monitoring.summary import summary
+from megatron_tikmix.monitoring import figures as heat_maps
+from megatron_tikmix.monitoring import figures as pictures
+from megatron_tikmix.monitoring.answers import Answer, compare, in_words, open_run
+from megatron_tikmix.monitoring.figures import COLOURS, FAINT, INK, dress, label
+from megatron_tikmix.monitoring.files import Row, RunFiles
+from megatron_tikmix.monitoring.history import RunHistory, Spent
+from megatron_tikmix.monitoring.page import details, page, picture, section, table, text, tiles
+from megatron_tikmix.monitoring.words import (
+    DASH,
+    clean,
+    count,
+    duration,
+    mean_loss,
+    moves,
+    number,
+    percent,
+    sentence,
+    shorten,
+    signed,
+    variation_in_words,
+    with_error,
+)
 
 NOTHING_YET = text("p", "Nothing to show yet.", "hint")
 
@@ -43,7 +59,7 @@ def write_report(run_dir: str | Path, baseline_dir: str | Path | None = None) ->
     title = f"TiKMiX run: {clean(run_dir.resolve().name)}"
     # One line a section: a wider report is a longer list.
     parts = [
-        summary(title, history),
+        head_of_page(title, history),
         weights(history),
         boundaries(history),
         influence(history),
@@ -186,3 +202,286 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 if __name__ == "__main__":
     sys.exit(main())
+
+
+def head_of_page(title: str, history: RunHistory) -> str:
+    """Title, words and figures, as HTML."""
+    length = history.sequence_length
+    figures = [
+        (count(history.samples * (length or 1)), f"{'tokens' if length else 'samples'} trained on"),
+        (str(len(history.stages)), f"stages of the mixture, {len(history.domains)} domains"),
+        (_first_and_last(history), "mean task loss"),
+        (percent(history.probe_token_share), "of all tokens went to the probe"),
+        (percent(history.probe_time_share), "of the time went to the probe"),
+    ]
+    words = in_words(history).replace(" %", "\N{NO-BREAK SPACE}%")
+    head = text("h1", title) + text("p", words, "lead")
+    return f"<header>{head}</header>{tiles(figures)}"
+
+
+def _first_and_last(history: RunHistory) -> str:
+    means = [number(mean, 2) for mean in history.mean_task_loss.values()]
+    return " → ".join([means[0], *means[1:][-1:]]) if means else DASH
+
+
+# The part of the report that holds a run's task losses against those of another run.
+
+
+TITLE = "Against the baseline"
+
+
+def baseline(history: RunHistory, baseline_dir: str | Path | None) -> str:
+    """Differences of task losses after equally many samples; empty without a baseline.
+
+    Raises:
+        InputError: the directory that was asked for holds no run. One that only the configuration
+            names may be gone by now: that is said on the page.
+    """
+    named = baseline_dir or history.setting("baseline")
+    if not named:
+        return ""
+    try:
+        other = open_run(str(named))
+    except InputError as error:
+        if baseline_dir:
+            raise
+        return section(TITLE, "", text("p", str(error), "hint"))
+    answer = compare(other, history)  # differences: this run less the baseline
+    points = [row for row in answer["losses"] if row["tasks"]]
+    shares = [percent(share) for share in reversed(answer["probe_token_share"])]
+    hint = (
+        f"Loss of each task less that of {clean(Path(named).name)} after equally many training "
+        f"samples: below 0, this run is better. What probes took is not counted: {shares[0]} of "
+        f"all tokens processed here, {shares[1]} there."
+    )
+    if not points:
+        words = "The two runs were never evaluated on a common task after equally many samples."
+        return section(TITLE, hint, text("p", words, "hint"))
+    return section(TITLE, hint, picture("baseline", _differences(points)) + _last(points[-1]))
+
+
+def _differences(points: list[Answer]) -> go.Figure:
+    """A line a task, over tokens; and the mean."""
+    tasks = list(dict.fromkeys(task for point in points for task in point["tasks"]))
+    crowd = len(tasks) > len(COLOURS)
+    unit = "samples" if points[0]["tokens"] is None else "tokens"
+    x = [point[unit] for point in points]
+    figure = go.Figure()
+    for t, task in enumerate(tasks):
+        found = [point["tasks"].get(task, {}).get("difference") for point in points]
+        figure.add_scatter(
+            x=x,
+            y=found,
+            name=f"each of {len(tasks)} tasks" if crowd else label(task),
+            legendgroup="crowd" if crowd else None,
+            showlegend=not crowd or t == 0,
+            mode="lines" if crowd else "lines+markers",
+            line={"color": "#9db8e8", "width": 0.8} if crowd else {"color": COLOURS[t]},
+            hovertext=f"<b>{label(task, 60)}</b>" if crowd else None,
+        )
+    if len(tasks) > 1:
+        means = [
+            mean_loss({task: entry["difference"] for task, entry in point["tasks"].items()})
+            for point in points
+        ]
+        figure.add_scatter(
+            x=x,
+            y=means,
+            name="mean over tasks",
+            mode="lines+markers",
+            line={"color": INK, "width": 3},
+        )
+    figure.add_hline(y=0, line={"color": FAINT, "width": 1, "dash": "dot"})
+    dress(figure, height=340, hovermode="closest" if crowd else "x unified")
+    figure.update_xaxes(title=unit, rangemode="tozero")
+    figure.update_yaxes(title="this run − baseline", hoverformat="+.4f")
+    return figure
+
+
+def _last(point: Answer) -> str:
+    """The last point in common, as a table."""
+    unit = "samples" if point["tokens"] is None else "tokens"
+    head = f"after {count(point[unit])} {unit}"
+    columns = {head: ""} | dict.fromkeys(["this run", "baseline", "difference"], "right")
+    rows = [
+        [
+            clean(task),
+            number(entry["second"], 4),
+            number(entry["first"], 4),
+            signed(entry["difference"], 4),
+        ]
+        for task, entry in point["tasks"].items()
+    ]
+    if len(rows) > 1:
+        entries = point["tasks"]
+        first, second = (
+            mean_loss({task: entry[of] for task, entry in entries.items()})
+            for of in ("first", "second")
+        )
+        mean = ["mean over tasks", number(second, 4), number(first, 4), signed(second - first, 4)]
+        rows.append(mean)
+    return table("baseline-losses", columns, rows)
+
+
+# The part of the report that says what pushed the domains that moved most at each boundary.
+
+
+MOST_MOVES, LONGEST_NAME = 8, 26
+
+HINT = (
+    "What made the solver's answer differ from the mixture before, in points of weight; the parts "
+    "add up to the change. Gain is summed over tasks; what multiplies all weights alike, so that "
+    "they sum to 1, is under all alike. Noise is one standard error of gain and uniformity, at "
+    "most. inspect_run.py why has every task."
+)
+
+
+def reasons(history: RunHistory) -> str:
+    """A folded table for each boundary that solved something; empty without any."""
+    parts = []
+    for former, row in zip(history.stages, history.stages[1:], strict=False):
+        found = _explained(history, former, row)
+        if found:
+            stage, iteration = row["stage"], f"{row['start_iteration']:,}"
+            title = f"Stage {stage}, iteration {iteration}: what moved the domains that moved most"
+            parts.append(details(title, _table(stage, found)))
+    return text("p", HINT, "hint") + "".join(parts) if parts else ""
+
+
+def _explained(history: RunHistory, former: Row, row: Row) -> list[Explanation]:
+    """Of the domains that the answer moves most; none where the objective cannot be restated."""
+    answer = (row.get("solution") or {}).get("mixture")
+    if not answer:
+        return []
+    largest = [move.domain for move in moves(former["weights"], answer) if move.change]
+    try:
+        return [explain(history, name, row["stage"]) for name in largest[:MOST_MOVES]]
+    except InputError:
+        return []
+
+
+def _table(stage: int, found: list[Explanation]) -> str:
+    columns = {"domain": "brief", "weight (%)": "right", "gain": "right", "most from": ""}
+    parts = ["uniformity", "diversity", "constraints", "all alike", "change", "noise (±)"]
+    columns |= dict.fromkeys(parts, "right")
+    rows = [
+        [
+            shorten(each.domain, LONGEST_NAME),
+            f"{100 * each.before:.1f} → {100 * each.solved:.1f}",
+            *_parts(each.change, each.solved - each.before),
+        ]
+        for each in found
+    ]
+    return table(f"reasons-{stage}", columns, rows)
+
+
+def _parts(change: Change | None, total: float) -> list[str]:
+    """In points; of an answer that is no certified optimum, only the change is known."""
+    if change is None:
+        return [DASH] * 6 + [signed(100 * total), DASH]
+    most = max(change.gain, key=lambda task: abs(change.gain[task]))
+    parts = (change.uniformity, change.diversity, change.constraints, change.shared, change.total)
+    return [
+        signed(100 * sum(change.gain.values())),
+        f"{shorten(most, LONGEST_NAME)} {signed(100 * change.gain[most])}",
+        *(signed(100 * part) for part in parts),
+        number(None if change.noise is None else 100 * change.noise, 2),
+    ]
+
+
+# The parts of the report that keep the record: what the run cost, and what it was run with.
+
+
+SETTINGS = {
+    "layers × hidden size": ("model.num_layers", "model.hidden_size"),
+    "parameters in": ("model.params_dtype",),
+    "sequence length": ("data.sequence_length",),
+    "batch, samples": ("train.global_batch_size",),
+    "learning rate, largest and least": ("optimizer.lr", "optimizer.min_lr"),
+    "seed": ("seed",),
+    "policy": ("remix.policy", "remix.mode"),
+    "interval, samples": ("remix.interval_samples",),
+    "α, β, γ": ("remix.alpha", "remix.beta", "remix.gamma"),
+    "gain, and what diversity is measured from": ("remix.gain", "remix.diversity_reference"),
+    "influence, smoothing": ("remix.influence", "remix.smoothing"),
+    "probe: curvature, sub-batches × samples": (
+        "probe.curvature",
+        "probe.sub_batches",
+        "probe.sub_batch_samples",
+    ),
+}
+
+NO_BOUND = {"lower": 0.0, "upper": 1.0, "pareto_slack": 0.0}
+
+
+def cost(history: RunHistory) -> str:
+    """Training beside all that was spent on deciding."""
+    hint = (
+        "Compute counts forward and backward passes; a token that only goes forward counts a "
+        "third. Evaluations on held-out items and checkpoints are not counted."
+    )
+    trained = int(history.samples * (history.sequence_length or 0))
+    training = Spent("training", trained, 0, history.training_seconds or None)
+    parts = [training, *history.spent]
+    columns = {"": ""} | dict.fromkeys(
+        ["tokens", "compute, of training's", "time", "time, of training's"], "right"
+    )
+    rows = [
+        [
+            part.kind,
+            count(part.trained_tokens + part.evaluated_tokens) if trained else DASH,
+            percent(part.compute / training.compute if trained else None),
+            duration(part.seconds),
+            percent(part.seconds / training.seconds if part.seconds and training.seconds else None),
+        ]
+        for part in parts
+    ]
+    return section("Cost", hint, table("cost", columns, rows))
+
+
+def configuration(history: RunHistory) -> str:
+    """The settings that runs are most often compared by, all others, versions and restarts."""
+    hint = "Versions, layout and device of each start of the run; its settings as resolved."
+    content = _starts(history)
+    rows = [[name, _values(history, paths)] for name, paths in SETTINGS.items()]
+    rows += [["constraints", _constraints(history.setting("remix", "constraints"))]]
+    content += table("settings", {"setting": "brief", "": ""}, [row for row in rows if row[1]])
+    if history.config:
+        dump = yaml.safe_dump(history.config, sort_keys=False, allow_unicode=True)
+        content += details("config.yaml, every field", text("pre", dump))
+    return section("Configuration and versions", hint, content)
+
+
+def _starts(history: RunHistory) -> str:
+    columns = {"started": "brief", "iteration": "right", "ranks": "", "device": "", "versions": ""}
+    rows = []
+    for start in history.starts:
+        layout = " × ".join(f"{name} {size}" for name, size in (start.get("layout") or {}).items())
+        versions = start.get("versions") or {}
+        rows.append(
+            [
+                clean(start.get("time", DASH)).replace("T", " "),
+                f"{start.get('iteration', 0):,}",
+                f"{start.get('world_size', DASH)} = {layout}" if layout else DASH,
+                clean(start.get("device", DASH)),
+                ", ".join(clean(f"{name} {version}") for name, version in versions.items()),
+            ]
+        )
+    return table("starts", columns, rows) if rows else ""
+
+
+def _values(history: RunHistory, paths: tuple[str, ...]) -> str:
+    found = [history.setting(*path.split(".")) for path in paths]
+    return " / ".join(clean(value) for value in found if value is not None)
+
+
+def _constraints(constraints: Any) -> str:
+    """Those that do something."""
+    if not isinstance(constraints, dict):
+        return ""
+    found = {
+        name: value
+        for name, value in constraints.items()
+        if value not in (None, False, {}, [], NO_BOUND.get(name))
+    }
+    return "; ".join(clean(f"{name} {value}") for name, value in found.items())

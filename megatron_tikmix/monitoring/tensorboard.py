@@ -6,20 +6,26 @@ Tags are stable; docs/monitoring.md lists them. Custom Scalars has the charts th
 """
 
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
 
-from megatron_tikmix.monitoring.cost import share_of_compute, spent
-from megatron_tikmix.monitoring.decision import Influence, decision_in_words, mean_loss
-from megatron_tikmix.monitoring.tensorboard_layout import (
-    METRICS,
-    hparams_of,
-    layout_summary,
-    predicted_gain,
+from megatron_tikmix.monitoring.figures import DIVERGING, GREY, GREY_TEXT, INK
+from megatron_tikmix.monitoring.files import Row
+from megatron_tikmix.monitoring.history import share_of_compute, spent
+from megatron_tikmix.monitoring.words import (
+    Influence,
+    decision_in_words,
+    mean_loss,
+    shorten,
+    signed,
 )
 
 MEGATRON_TAGS = {
@@ -146,7 +152,6 @@ class TensorBoardWriter:
         matrix = Influence.of(row)
         if matrix is None:
             return
-        from megatron_tikmix.monitoring.heat_map_image import heat_map_image
 
         for field in ("influence", "influence_se"):
             for task, values in (row.get(field) or {}).items():
@@ -227,3 +232,282 @@ class TensorBoardWriter:
         values = [Summary.Value(tag=tag, simple_value=value) for tag, value in self._pending]
         self._pending.clear()
         self._writer.file_writer.add_summary(Summary(value=values), iteration)
+
+
+# How TensorBoard arranges a run: the charts of its Custom Scalars tab, and its HParams tab.
+
+
+HPARAM_SECTIONS = ("model", "data", "train", "optimizer", "scheduler", "remix", "probe")
+METRICS = ("validation/mean_loss", "lm loss")
+"""Tags that the HParams tab compares runs by."""
+
+WEIGHTS = ("weight", "realised")
+MOST_BANDS, FEW_CHARTS = 12, 8
+"""Of more domains, a chart shows as many as can be told apart; a longer category begins closed."""
+
+
+def layout_of(
+    domains: Sequence[str], tasks: Sequence[str], *, decides: bool = True, audits: bool = True
+) -> Any:
+    """A tensorboard `layout_pb2.Layout` for these domains and tasks.
+
+    A margin chart draws a value with a band from `low` to `high`: here, one standard error. Many
+    domains, the largest first, are spread over several charts. What a run that does not decide or
+    audit never writes has no chart.
+    """
+    from tensorboard.plugins.custom_scalar import layout_pb2 as pb
+
+    def lines(title: str, *patterns: str) -> Any:
+        return pb.Chart(title=title, multiline=pb.MultilineChartContent(tag=patterns))
+
+    def bands(title: str, *tags: tuple[str, str, str]) -> Any:
+        series = [
+            pb.MarginChartContent.Series(value=value, lower=low, upper=high)
+            for value, low, high in tags
+        ]
+        return pb.Chart(title=title, margin=pb.MarginChartContent(series=series))
+
+    largest = domains[:MOST_BANDS]
+    few = len(domains) <= MOST_BANDS
+    of_these = "" if few else f", the {MOST_BANDS} domains largest at the start"
+    groups = list(_groups(domains, MOST_BANDS))
+    categories = {
+        "mixture": [
+            lines(f"target and realised weights{of_these}", *_tags(WEIGHTS, largest)),
+            lines("total variation and its noise", r"^mixture/total_variation"),
+            lines("effective domains, exp(H)", r"^mixture/effective_domains$"),
+            *(lines(f"{name}{of_these}", *_tags([name], largest)) for name in ("epochs", "tokens")),
+        ],
+        **{
+            f"influence on {task} (± one standard error)": [
+                bands(
+                    _span(group) if len(groups) > 1 else "all domains",
+                    *(_band("influence", f"{task}/{name}") for name in group),
+                )
+                for group in groups
+            ]
+            for task in tasks
+        },
+        "losses": [
+            lines("training", r"^lm loss$"),
+            lines("training, by domain", r"^domain_loss/"),
+            lines("validation, by task", r"^validation/loss/", r"^validation/mean_loss$"),
+            lines("skipped updates, loss spikes", r"^(skipped-iterations|loss-spikes)$"),
+        ],
+        "decision": [
+            lines("predicted gain, by task", r"^predicted_gain/"),
+            lines("rank stability and its ceiling", r"^rank_stability/"),
+            lines("objective and its lower bound", r"^solver/(objective|lower_bound)$"),
+            lines("duality gap and violation", r"^solver/(duality_gap|violation)$"),
+        ],
+        "audit": [
+            lines("predicted and realised", r"^audit/(predicted|difference)$"),
+            bands("realised", ("audit/difference", "audit/low", "audit/high")),
+            *(
+                bands("realised, by task", *map(_audited, group))
+                for group in _groups(tasks, MOST_BANDS)
+            ),
+        ],
+        "cost": [
+            lines("share of compute", r"^(probe|decision)/share_of_compute$"),
+            lines("seconds", r"^(probe|decision)/seconds$"),
+            lines("tokens per second", r"^tokens-per-second$"),
+            lines("peak of memory, bytes", r"^mem-max-allocated-bytes$"),
+        ],
+        "target and realised, by domain": [
+            lines(_span(group), *_tags(WEIGHTS, group))
+            for group in _groups(domains, 1 if few else MOST_BANDS // 2)
+        ],
+    }
+    if not few:
+        for name in ("epochs", "tokens"):
+            categories[f"{name}, by domain"] = [
+                lines(_span(group), *_tags([name], group)) for group in groups
+            ]
+    unwritten = set()
+    if not decides:
+        unwritten |= {title for title in categories if title.startswith(("influence", "decision"))}
+    if not (decides and audits):
+        unwritten |= {"audit"}
+    return pb.Layout(
+        category=[
+            pb.Category(title=title, chart=charts, closed=len(charts) > FEW_CHARTS)
+            for title, charts in categories.items()
+            if title not in unwritten
+        ]
+    )
+
+
+def layout_summary(domains: Sequence[str], tasks: Sequence[str], **has: bool) -> Any:
+    """:func:`layout_of` as a `Summary` for an event file, as torch's `custom_scalars` makes one:
+    that one knows no margin chart of several series."""
+    from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
+    from tensorboard.compat.proto.tensor_pb2 import TensorProto
+    from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto
+    from tensorboard.plugins.custom_scalar.metadata import CONFIG_SUMMARY_TAG, PLUGIN_NAME
+
+    content = layout_of(domains, tasks, **has).SerializeToString()
+    tensor = TensorProto(dtype="DT_STRING", string_val=[content], tensor_shape=TensorShapeProto())
+    metadata = SummaryMetadata(plugin_data=SummaryMetadata.PluginData(plugin_name=PLUGIN_NAME))
+    return Summary(value=[Summary.Value(tag=CONFIG_SUMMARY_TAG, tensor=tensor, metadata=metadata)])
+
+
+def _groups(names: Sequence[str], size: int) -> Iterator[Sequence[str]]:
+    """`names` in runs of at most `size`."""
+    return (names[start : start + size] for start in range(0, len(names), size))
+
+
+def _span(names: Sequence[str]) -> str:
+    """What a chart of these domains is called."""
+    return names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
+
+
+def _band(prefix: str, name: str) -> tuple[str, str, str]:
+    """Tags of a value and of the edges of its band."""
+    return f"{prefix}/{name}", f"{prefix}_low/{name}", f"{prefix}_high/{name}"
+
+
+def _audited(task: str) -> tuple[str, str, str]:
+    return f"audit/difference/{task}", f"audit/low/{task}", f"audit/high/{task}"
+
+
+def _tags(kinds: Sequence[str], domains: Sequence[str]) -> list[str]:
+    """Patterns of these tags of the mixture, of these domains alone."""
+    return [_only(f"mixture/{kind}/{name}") for name in domains for kind in kinds]
+
+
+def _only(tag: str) -> str:
+    """A pattern that this tag alone matches."""
+    return f"^{re.escape(tag)}$"
+
+
+def hparams_of(config: Mapping[str, Any]) -> dict[str, str | float | bool]:
+    """The settings of a resolved configuration that runs are compared by, flat, by dotted name."""
+    sections = {name: config.get(name) for name in HPARAM_SECTIONS}
+    found = dict(_flat({"seed": config.get("seed"), **sections}))
+    return {
+        name: value if isinstance(value, str | bool | int | float) else str(value)
+        for name, value in found.items()
+        if value is not None
+    }
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def predicted_gain(ledger_row: Row) -> dict[str, float]:
+    """By task, what the solver's answer gains over the mixture in force, in units of the largest
+    influence of any domain on the task; empty where nothing was solved."""
+    solution = ledger_row.get("solution") or {}
+    before, after = solution.get("gain_before") or {}, solution.get("gain_after") or {}
+    return {task: after[task] - before[task] for task in after if task in before}
+
+
+# An influence matrix as a bitmap, for TensorBoard's image panel.
+
+
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
+
+CELL_WIDTH, BARE_CELL_WIDTH, GAP, LETTERS = 64, 24, 2, 24
+"""Pixels of a cell with a number, of one without, and between cells, before enlarging; characters
+of a name."""
+
+FEW_CELLS, ENLARGED = 400, 3
+"""A matrix of so few cells has numbers in them, and is drawn so many times as large: TensorBoard
+shrinks a picture to the width of its card by leaving out pixels, and with a thin stroke a + would
+become a −."""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Where the cells of a heat map are, in pixels."""
+
+    left: int
+    top: int
+    cell_width: int
+    cell_height: int
+    gap: int
+    numbers: bool
+
+    def corner(self, d: int, v: int) -> tuple[int, int]:
+        """Upper left of the cell of domain d and task v."""
+        return self.left + v * self.cell_width, self.top + d * self.cell_height
+
+
+def heat_map_image(matrix: Influence) -> tuple[NDArray[np.uint8], Grid]:
+    """Domains down, tasks across, each task over its largest entry; grey is within noise.
+
+    Returns:
+        pixels, uint8 (height, width, 3); and where the cells are in them.
+    """
+    names = [shorten(name, LETTERS) for name in matrix.domains]
+    tasks = [shorten(name, LETTERS) for name in matrix.tasks]
+    D, V = len(names), len(tasks)
+    numbers = D * V <= FEW_CELLS
+    scale = ENLARGED if numbers else 1
+    font = ImageFont.load_default(scale * (12 if numbers else 9))
+    grid = Grid(
+        left=int(max(map(font.getlength, names))) + 12 * scale,
+        top=int(max(map(font.getlength, tasks))) + 12 * scale,
+        cell_width=(CELL_WIDTH if numbers else BARE_CELL_WIDTH) * scale,
+        cell_height=(22 if numbers else 12) * scale,
+        gap=GAP * scale,
+        numbers=numbers,
+    )
+    size = (grid.left + V * grid.cell_width, grid.top + D * grid.cell_height)
+    image = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(image)
+    for v, task in enumerate(tasks):
+        _upright(image, task, (grid.corner(0, v)[0], 0), (grid.cell_width, grid.top), font)
+    for d, name in enumerate(names):
+        middle = (grid.left - 6 * scale, grid.corner(d, 0)[1] + grid.cell_height / 2)
+        draw.text(middle, name, fill=INK, font=font, anchor="rm")
+    _cells(draw, matrix, grid, font)
+    return np.asarray(image), grid
+
+
+def _cells(draw: ImageDraw.ImageDraw, matrix: Influence, grid: Grid, font: Font) -> None:
+    relative_VD, noise_VD = matrix.relative().values_VD, matrix.is_noise()
+    for v, d in np.ndindex(relative_VD.shape):
+        (x, y), value = grid.corner(d, v), float(relative_VD[v, d])
+        box = (x, y, x + grid.cell_width - grid.gap, y + grid.cell_height - grid.gap)
+        draw.rectangle(box, fill=GREY[0][1] if noise_VD[v, d] else colour(value))
+        if grid.numbers and np.isfinite(value):
+            ink = GREY_TEXT if noise_VD[v, d] else INK if abs(value) < 0.6 else "white"
+            middle = (x + grid.cell_width / 2, y + grid.cell_height / 2)
+            # The font that comes with Pillow has no minus sign, and sets signs against digits.
+            number = signed(value).replace("\N{MINUS SIGN}", "-")
+            number = f"{number[0]} {number[1:]}"
+            draw.text(middle, number, fill=ink, font=font, anchor="mm", stroke_width=1)
+
+
+def colour(value: float) -> tuple[int, int, int]:
+    """Of a relative influence, −1 to 1: orange harms, blue helps."""
+    places = [2 * place - 1 for place, _ in DIVERGING]
+    channels = np.array([_rgb(name) for _, name in DIVERGING])
+    r, g, b = (round(float(np.interp(value, places, channels[:, c]))) for c in range(3))
+    return r, g, b
+
+
+def _rgb(name: str) -> tuple[int, int, int]:
+    r, g, b = (int(name[place : place + 2], 16) for place in (1, 3, 5))
+    return r, g, b
+
+
+def _upright(
+    image: Image.Image,
+    text: str,
+    corner: tuple[int, int],
+    size: tuple[int, int],
+    font: Font,
+) -> None:
+    """Text that runs upwards, in the middle of a box."""
+    width, height = size
+    turned = Image.new("RGB", (height, width), "white")
+    ImageDraw.Draw(turned).text((4, width / 2), text, fill=INK, font=font, anchor="lm")
+    image.paste(turned.rotate(90, expand=True), corner)

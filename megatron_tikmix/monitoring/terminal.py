@@ -14,9 +14,16 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from megatron_tikmix.monitoring.boundary_table import boundary_table
-from megatron_tikmix.monitoring.decision import decision_in_words, mean_loss
-from megatron_tikmix.monitoring.formatting import clean, count, duration, number, percent
+from megatron_tikmix.monitoring.tables import boundary_table
+from megatron_tikmix.monitoring.words import (
+    clean,
+    count,
+    decision_in_words,
+    duration,
+    mean_loss,
+    number,
+    percent,
+)
 
 LOG_COLUMNS = 100
 MOST_TASKS = 6

@@ -1,57 +1,12 @@
 """Validation loss of each task, on items that do not decide the mixture."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
-from megatron.core.distributed import DistributedDataParallel
 
 from megatron_tikmix.data.tasks import Task, micro_batches
-from megatron_tikmix.parallel.collectives import sum_over_ranks
-from megatron_tikmix.parallel.initialize import Parallel
-from megatron_tikmix.training.step import ForwardBackward, LossSums
-
-
-@contextmanager
-def gathered_parameters(model: list[DistributedDataParallel]) -> Iterator[None]:
-    """Parameters whole: with `overlap_param_gather` they are not until the next forward pass."""
-    gathers_late = [chunk for chunk in model if chunk.ddp_config.overlap_param_gather]
-    for chunk in gathers_late:
-        chunk.disable_forward_pre_hook(param_sync=True)
-    try:
-        yield
-    finally:
-        for chunk in gathers_late:
-            chunk.enable_forward_pre_hook()
-
-
-@contextmanager
-def evaluation_mode(model: list[DistributedDataParallel]) -> Iterator[None]:
-    """Dropout off and parameters whole; every module's mode as it was at the end.
-
-    Draws no random number, so training goes on as if nothing had happened.
-    """
-    with gathered_parameters(model):
-        modes = [(module, module.training) for chunk in model for module in chunk.modules()]
-        for chunk in model:
-            chunk.eval()
-        try:
-            yield
-        finally:
-            for module, training in modes:
-                module.training = training
-
-
-def loss_and_tokens(sums: LossSums, parallel: Parallel) -> torch.Tensor:
-    """Summed loss and unmasked tokens of this rank's micro-batches, float64 (2,).
-
-    Zero on all but one rank of each model replica, so a sum over ranks counts once.
-    """
-    total = torch.zeros(2, dtype=torch.float64)
-    if parallel.reports_loss:
-        for rows in sums:
-            total += torch.stack([rows["loss"].double().sum(), rows["tokens"].double().sum()]).cpu()
-    return total
+from megatron_tikmix.megatron.collectives import sum_over_ranks
+from megatron_tikmix.megatron.step import ForwardBackward, evaluation_mode, loss_and_tokens
 
 
 @torch.no_grad()

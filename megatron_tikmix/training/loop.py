@@ -11,26 +11,27 @@ from typing import Any
 import torch
 
 from megatron_tikmix.config import RunConfig
+from megatron_tikmix.data.dataset import DataParallelLoader
 from megatron_tikmix.data.domain_stream import DomainStream
-from megatron_tikmix.data.loader import DataParallelLoader
 from megatron_tikmix.data.tasks import Task
+from megatron_tikmix.decision.decide import Boundary, Decision
 from megatron_tikmix.errors import TrainingError
-from megatron_tikmix.mixing import Mixture, MixtureSchedule
-from megatron_tikmix.parallel.collectives import (
+from megatron_tikmix.measure.probe_plan import ProbePlan
+from megatron_tikmix.measure.remixer import Remixer
+from megatron_tikmix.megatron.collectives import (
     check_same_on_all_ranks,
     max_over_ranks,
     sum_over_ranks,
 )
-from megatron_tikmix.parallel.initialize import Parallel
+from megatron_tikmix.megatron.groups import Parallel
+from megatron_tikmix.megatron.step import ForwardBackward, LossSums, StepResult, train_step
+from megatron_tikmix.mixture.mixture import Mixture
+from megatron_tikmix.mixture.schedule import MixtureSchedule
 from megatron_tikmix.training.checkpoint import Checkpointer
-from megatron_tikmix.training.decide import Boundary, Decision
 from megatron_tikmix.training.evaluate import evaluate
-from megatron_tikmix.training.memory import peak_memory_bytes
-from megatron_tikmix.training.probe_plan import ProbePlan
+from megatron_tikmix.training.plan import peak_memory_bytes
 from megatron_tikmix.training.record import Recorder
-from megatron_tikmix.training.remix import Remixer
 from megatron_tikmix.training.state import TrainState
-from megatron_tikmix.training.step import ForwardBackward, LossSums, StepResult, train_step
 from megatron_tikmix.training.stopping import Stopping
 
 _log = logging.getLogger(__name__)
@@ -38,7 +39,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass
 class Run:
-    """Everything a run is made of, as :func:`megatron_tikmix.pretrain.build` puts it together.
+    """Everything a run is made of, as :func:`~megatron_tikmix.training.build.build` puts it there.
 
     Attributes:
         boundaries: iterations, below the last one, at which a stage begins after the first.
@@ -381,7 +382,7 @@ class LossMeter:
         self._started = time.perf_counter()
 
     def add(self, sums: LossSums) -> None:
-        """Count a step's micro-batches (see :func:`~megatron_tikmix.training.step.loss_sums`)."""
+        """Count a step's micro-batches (see :func:`~megatron_tikmix.megatron.step.loss_sums`)."""
         if not self._parallel.reports_loss:
             return
         for rows in sums:

@@ -4,29 +4,28 @@ A full disk does not end a run: rows that it refuses are written later, TensorBo
 left out, and either is told.
 """
 
+import importlib.metadata
 import logging
+import platform
 import tempfile
 from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
+import megatron_tikmix
 from megatron_tikmix.config import RunConfig
 from megatron_tikmix.errors import InputError
+from megatron_tikmix.megatron.groups import Parallel
+from megatron_tikmix.monitoring.files import RunFiles, append_jsonl, json_line, read_jsonl
 from megatron_tikmix.monitoring.history import RunHistory
 from megatron_tikmix.monitoring.report import write_report
-from megatron_tikmix.monitoring.run_files import (
-    RunFiles,
-    append_jsonl,
-    json_line,
-    read_jsonl,
-)
 from megatron_tikmix.monitoring.tensorboard import TensorBoardWriter
 from megatron_tikmix.monitoring.terminal import Terminal
-from megatron_tikmix.parallel.initialize import Parallel
 from megatron_tikmix.training.checkpoint_files import write_whole
-from megatron_tikmix.training.starts import start_row
 from megatron_tikmix.training.state import TrainState
 
 Row = dict[str, Any]
@@ -259,3 +258,38 @@ class Recorder:
             if not path.exists() or path.read_text(encoding="utf-8") != text:
                 write_whole(path, text)
         return beyond
+
+
+# What a run is started on, for `starts.jsonl`: versions, layout and device.
+
+
+PACKAGES = ("megatron-core", "torch", "numpy", "scipy", "clarabel", "lightgbm", "tokenizers")
+"""Those that figures may depend on."""
+
+
+def start_row(config: RunConfig, parallel: Parallel, iteration: int) -> dict[str, Any]:
+    """A row of `starts.jsonl`: the iteration that is started from, when, and on what."""
+    device = parallel.device
+    return {
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "iteration": iteration,
+        "world_size": parallel.world_size,
+        "layout": {
+            "tensor": config.model.tensor_model_parallel_size,
+            "pipeline": config.model.pipeline_model_parallel_size,
+            "data": parallel.data_parallel_size,
+        },
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
+        "versions": {
+            "python": platform.python_version(),
+            "megatron_tikmix": megatron_tikmix.__version__,
+            **{name: version for name in PACKAGES if (version := _version(name))},
+        },
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

@@ -1,10 +1,55 @@
-"""Where a run is: the only thing, besides the parameters, that a checkpoint must carry."""
+"""Loss spikes: losses far above what the domains of their samples had of late."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from megatron_tikmix.mixing import MixtureSchedule
-from megatron_tikmix.training.spikes import LossSpikes
+from megatron_tikmix.mixture.schedule import MixtureSchedule
+
+SMOOTHING = 0.1
+"""Weight of a domain's newest loss in its usual one: the mean of about its last ten."""
+
+
+@dataclass
+class LossSpikes:
+    """Counts them, from the logged losses. A mixture that moves to harder domains makes none.
+
+    Attributes:
+        count: logged losses that were spikes.
+        usual: the loss that each domain has had of late, smoothed.
+    """
+
+    count: int = 0
+    usual: dict[str, float] = field(default_factory=dict)
+
+    def see(
+        self,
+        domain_loss: Mapping[str, float],
+        domain_tokens: Mapping[str, float],
+        factor: float | None,
+    ) -> float | None:
+        """Take in the mean losses of a logged row.
+
+        Args:
+            domain_tokens: over how many tokens each is the mean.
+            factor: from how many times the usual loss on it is a spike; None: it never is.
+
+        Returns:
+            How many times the usual loss of these samples it was, if that is a spike.
+        """
+        known = [name for name in domain_loss if name in self.usual]
+        loss = sum(domain_tokens[name] * domain_loss[name] for name in known)
+        usual = sum(domain_tokens[name] * self.usual[name] for name in known)
+        for name, value in domain_loss.items():
+            before = self.usual.setdefault(name, value)
+            self.usual[name] = before + SMOOTHING * (value - before)
+        if factor is None or not usual or loss <= factor * usual:
+            return None
+        self.count += 1
+        return loss / usual
+
+
+# Where a run is: the only thing, besides the parameters, that a checkpoint must carry.
 
 
 @dataclass

@@ -10,8 +10,8 @@ from types import FrameType, TracebackType
 from typing import Any
 
 from megatron_tikmix.config import TrainConfig
-from megatron_tikmix.parallel.collectives import max_over_ranks
-from megatron_tikmix.parallel.initialize import Parallel
+from megatron_tikmix.megatron.collectives import max_over_ranks
+from megatron_tikmix.megatron.groups import Parallel
 
 _log = logging.getLogger(__name__)
 

@@ -9,9 +9,11 @@ from functools import partial
 from pathlib import Path
 
 from megatron_tikmix.config import DataConfig, ProbeConfig, RemixConfig, TaskConfig, TrainConfig
-from megatron_tikmix.data.blended_dataset import BlendedDataset
-from megatron_tikmix.data.loader import DataParallelLoader
-from megatron_tikmix.hosting import Boundary, HostedConfig, Parallel, build_remixer, open_data
+from megatron_tikmix.config.sections import HostedConfig
+from megatron_tikmix.data.dataset import BlendedDataset, DataParallelLoader
+from megatron_tikmix.decision.decide import Boundary
+from megatron_tikmix.hosts.megatron_core import build_remixer, open_data
+from megatron_tikmix.megatron.groups import Parallel
 
 # isort: split
 import torch

@@ -15,12 +15,12 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron_tikmix.errors import TrainingError
-from megatron_tikmix.parallel.collectives import (
+from megatron_tikmix.megatron.collectives import (
     broadcast_integers,
     broadcast_object,
     check_same_on_all_ranks,
 )
-from megatron_tikmix.parallel.initialize import Parallel
+from megatron_tikmix.megatron.groups import Parallel
 
 TIMEOUT_SECONDS = 10
 DECISION_TIMEOUT_SECONDS = 40

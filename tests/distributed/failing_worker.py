@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron_tikmix.__main__ import main
+from megatron_tikmix.decision.decide import Decider
+from megatron_tikmix.measure.probe import InfluenceProbe
 from megatron_tikmix.training import loop
 from megatron_tikmix.training.checkpoint import Checkpointer
-from megatron_tikmix.training.decide import Decider
-from megatron_tikmix.training.probe import InfluenceProbe
 
 _at, _failed = os.environ["FAIL_AT"], Path(os.environ["FAILED"])
 _steps = 0

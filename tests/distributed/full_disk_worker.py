@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from megatron_tikmix.__main__ import main
-from megatron_tikmix.parallel.megatron_versions import writes_of_one_rank
+from megatron_tikmix.megatron.faults import writes_of_one_rank
 
 RANK = int(os.environ["RANK"])
 

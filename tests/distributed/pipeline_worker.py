@@ -13,8 +13,8 @@ from megatron_tikmix.config import load_config
 from megatron_tikmix.data.builder import TrainingData
 from megatron_tikmix.data.domain_stream import DomainStream
 from megatron_tikmix.data.samples import Sample, stack
-from megatron_tikmix.parallel.initialize import initialize, shut_down
-from megatron_tikmix.pretrain import build_training
+from megatron_tikmix.megatron.groups import initialize, shut_down
+from megatron_tikmix.training.build import build_training
 
 VARIANTS = {
     "ours": {},

@@ -13,9 +13,9 @@ import torch
 
 from megatron_tikmix.config import ParametersConfig, load_config
 from megatron_tikmix.data.builder import TrainingData
-from megatron_tikmix.parallel.initialize import initialize, shut_down
-from megatron_tikmix.pretrain import build
-from megatron_tikmix.training.evaluate import gathered_parameters
+from megatron_tikmix.megatron.groups import initialize, shut_down
+from megatron_tikmix.megatron.step import gathered_parameters
+from megatron_tikmix.training.build import build
 from megatron_tikmix.training.loop import Run, train_interval
 from megatron_tikmix.training.record import Recorder
 from tests.influence_reference import make_ragged, probe_of

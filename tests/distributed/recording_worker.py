@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_tikmix.__main__ import main
-from megatron_tikmix.data.blended_dataset import BlendedDataset
+from megatron_tikmix.data.dataset import BlendedDataset
 from megatron_tikmix.data.samples import Sample
 
 _read = BlendedDataset.__getitems__

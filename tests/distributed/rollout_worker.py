@@ -19,16 +19,16 @@ from unittest import mock
 import numpy as np
 import torch.distributed as dist
 
-import megatron_tikmix.training.rollout as rollout_module
+import megatron_tikmix.measure.rollouts as rollout_module
 from megatron_tikmix.config import AuditConfig, RemixConfig, TaskConfig
-from megatron_tikmix.errors import InputError
-from megatron_tikmix.mixing import InfluenceMatrix, Mixture
-from megatron_tikmix.parallel.initialize import Parallel
-from megatron_tikmix.training.decide import Boundary, Decision
+from megatron_tikmix.decision.decide import Boundary, Decision
+from megatron_tikmix.errors import InputError, RolloutError
+from megatron_tikmix.influence.matrix import InfluenceMatrix
+from megatron_tikmix.measure.remixer import Remixer
+from megatron_tikmix.measure.rollouts import Rollouts, RolloutService
+from megatron_tikmix.megatron.groups import Parallel
+from megatron_tikmix.mixture.mixture import Mixture
 from megatron_tikmix.training.loop import Run
-from megatron_tikmix.training.remix import Remixer
-from megatron_tikmix.training.rollout import RolloutError, Rollouts
-from megatron_tikmix.training.rollout_service import RolloutService
 from tests.rollout_runs import (
     THREE,
     candidates,

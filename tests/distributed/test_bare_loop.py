@@ -13,9 +13,9 @@ import torch
 import yaml
 
 from megatron_tikmix.config import load_config
-from megatron_tikmix.influence.sub_batch_bank import SubBatchBank
-from megatron_tikmix.parallel.initialize import initialize, shut_down
-from megatron_tikmix.training.model import build_model
+from megatron_tikmix.influence.bank import SubBatchBank
+from megatron_tikmix.megatron.groups import initialize, shut_down
+from megatron_tikmix.megatron.model import build_model
 from tests.conftest import ROOT, VOCAB_SIZE, launch, overridden, read_rows
 
 # Names of both configurations, ours and the bare loop's.

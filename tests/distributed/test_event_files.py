@@ -5,7 +5,7 @@ from typing import Any
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from megatron_tikmix.monitoring.decision import decision_in_words
+from megatron_tikmix.monitoring.words import decision_in_words
 from tests.conftest import launch, overridden, read_rows
 from tests.tensorboard_values import assert_same, expected_scalars, read_back, undocumented
 

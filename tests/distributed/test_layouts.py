@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_tikmix.influence.sub_batch_bank import SubBatchBank
+from megatron_tikmix.influence.bank import SubBatchBank
 from tests.conftest import launch, overridden, read_rows, without_timings
 
 LAYOUTS = {

@@ -1,4 +1,4 @@
-"""What parallel/megatron_faults.py does for interleaved pipelines, and that it is needed."""
+"""What megatron/faults.py does for interleaved pipelines, and that it is needed."""
 
 import json
 import os
@@ -12,7 +12,7 @@ import yaml
 
 from tests.conftest import ROOT, overridden
 from tests.distributed.pipeline_worker import micro_batches
-from tests.unit.training.conftest import one_rank
+from tests.one_rank import one_rank
 
 
 def test_interleaved_losses_are_right_with_it_and_wrong_without(

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import yaml
 
-from megatron_tikmix.influence.sub_batch_bank import SubBatchBank
+from megatron_tikmix.influence.bank import SubBatchBank
 from tests.conftest import ROOT, overridden
 from tests.distributed.probe_worker import SELECTION, VARIANTS
 from tests.influence_reference import largest_error, make_ragged, reference
-from tests.unit.training.conftest import one_rank
+from tests.one_rank import one_rank
 
 OVERLAP = {"ddp.overlap_grad_reduce": True, "ddp.overlap_param_gather": True}
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {

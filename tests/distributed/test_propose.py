@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from megatron.core.datasets.utils import get_blend_from_list
 
-from megatron_tikmix.mixing import InfluenceMatrix
+from megatron_tikmix.influence.matrix import InfluenceMatrix
 from tests.conftest import ROOT, launch, overridden, read_rows
 
 

@@ -4,8 +4,9 @@ from typing import Any
 
 import pytest
 
-from megatron_tikmix.influence.sub_batch_bank import SubBatchBank
-from megatron_tikmix.mixing import InfluenceMatrix, Mixture
+from megatron_tikmix.influence.bank import SubBatchBank
+from megatron_tikmix.influence.matrix import InfluenceMatrix
+from megatron_tikmix.mixture.mixture import Mixture
 from tests.conftest import launch, overridden, read_rows, without_timings
 
 ALL_AT_ONCE = {

@@ -15,7 +15,7 @@ from parity_parts import layouts
 from parity_parts.start import BOUNDARIES, START, STEPS, Settings, configured
 
 from megatron_tikmix.errors import InputError
-from megatron_tikmix.influence.sub_batch_bank import SubBatchBank
+from megatron_tikmix.influence.bank import SubBatchBank
 
 
 def found() -> dict[str, Any]:

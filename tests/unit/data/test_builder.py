@@ -9,7 +9,7 @@ import yaml
 from megatron_tikmix.config import RunConfig, load_config
 from megatron_tikmix.data.builder import TrainingData
 from megatron_tikmix.errors import InputError
-from megatron_tikmix.mixing import Mixture
+from megatron_tikmix.mixture.mixture import Mixture
 from tests.conftest import overridden
 
 

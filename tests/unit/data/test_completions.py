@@ -11,15 +11,14 @@ import pytest
 import torch
 
 from megatron_tikmix.config import TaskConfig
-from megatron_tikmix.data.completions import CompletionStream
 from megatron_tikmix.data.domains import DomainManifest
-from megatron_tikmix.data.tasks import Task, build_task
+from megatron_tikmix.data.tasks import CompletionStream, Task, build_task
 from megatron_tikmix.errors import InputError
 from megatron_tikmix.training.evaluate import evaluate
 from megatron_tikmix.training.loop import bits_per_byte
 from tests.conftest import EOD, VOCAB_SIZE, overridden, write_tokens
 from tests.influence_reference import largest_error, reference
-from tests.unit.training.conftest import one_rank
+from tests.one_rank import one_rank
 
 LENGTH = 32
 

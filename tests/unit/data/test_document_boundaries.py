@@ -18,7 +18,7 @@ from megatron_tikmix.data.tasks import build_task
 from megatron_tikmix.errors import InputError
 from megatron_tikmix.training.evaluate import evaluate
 from tests.conftest import EOD, VOCAB_SIZE, overridden, write_prompts
-from tests.unit.training.conftest import one_rank
+from tests.one_rank import one_rank
 
 LENGTH = 128
 

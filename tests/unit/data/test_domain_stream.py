@@ -13,9 +13,9 @@ from megatron.core.datasets.utils import Split
 
 from megatron_tikmix.config import TaskConfig
 from megatron_tikmix.data import domain_stream
+from megatron_tikmix.data.dataset import MicroBatchSampler
 from megatron_tikmix.data.domain_stream import DomainStream, _EndOfDocument, some_documents
 from megatron_tikmix.data.domains import DomainManifest
-from megatron_tikmix.data.loader import MicroBatchSampler
 from megatron_tikmix.data.tasks import build_task, micro_batches
 from megatron_tikmix.errors import InputError
 from megatron_tikmix.seeds import derived_seed

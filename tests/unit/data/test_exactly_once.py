@@ -11,11 +11,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from megatron_tikmix.data.blended_dataset import BlendedDataset
+from megatron_tikmix.data.dataset import BlendedDataset, DataParallelLoader
 from megatron_tikmix.data.domain_stream import DomainStream
 from megatron_tikmix.data.domains import DomainSplit
-from megatron_tikmix.data.loader import DataParallelLoader
-from megatron_tikmix.mixing import WEIGHT_TOTAL, BatchSizes, Mixture, MixtureSchedule
+from megatron_tikmix.mixture.batch_sizes import BatchSizes
+from megatron_tikmix.mixture.mixture import WEIGHT_TOTAL, Mixture
+from megatron_tikmix.mixture.schedule import MixtureSchedule
 from tests.conftest import write_tokens
 
 SEQUENCE, MICRO, VOCAB = 4, 1, 1000

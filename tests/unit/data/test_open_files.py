@@ -7,13 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_tikmix.data import domain_stream, open_files
-from megatron_tikmix.data.blended_dataset import BlendedDataset
+from megatron_tikmix.data import domain_stream
+from megatron_tikmix.data import token_files as open_files
+from megatron_tikmix.data.dataset import BlendedDataset, DataParallelLoader
 from megatron_tikmix.data.domain_stream import DomainStream
 from megatron_tikmix.data.domains import DomainManifest
-from megatron_tikmix.data.loader import DataParallelLoader
 from megatron_tikmix.errors import InputError
-from megatron_tikmix.mixing import Mixture, MixtureSchedule
+from megatron_tikmix.mixture.mixture import Mixture
+from megatron_tikmix.mixture.schedule import MixtureSchedule
 from tests.conftest import EOD, VOCAB_SIZE, write_tokens
 
 SEQUENCE = 8

@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_tikmix.influence.bank import SubBatchBank
 from megatron_tikmix.influence.budget import (
     AdaptiveBudget,
     importance,
@@ -12,8 +13,10 @@ from megatron_tikmix.influence.budget import (
     sensitivity,
     shared_out,
 )
-from megatron_tikmix.influence.sub_batch_bank import SubBatchBank
-from megatron_tikmix.mixing import InfluenceMatrix, Mixture, MixtureConstraints, solve_tikmix_d
+from megatron_tikmix.influence.matrix import InfluenceMatrix
+from megatron_tikmix.mixture.mixture import Mixture
+from megatron_tikmix.solve.constraints import MixtureConstraints
+from megatron_tikmix.solve.tikmix_d import solve_tikmix_d
 
 DOMAINS, TASKS = ["a", "b", "c", "d"], ["t", "u"]
 WEIGHTS = dict.fromkeys(TASKS, 1.0)

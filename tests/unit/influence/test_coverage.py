@@ -3,7 +3,7 @@
 import numpy as np
 from scipy.stats import t as students_t
 
-from megatron_tikmix.influence.sub_batch_bank import MIN_SUB_BATCHES, SubBatchBank
+from megatron_tikmix.influence.bank import MIN_SUB_BATCHES, SubBatchBank
 
 PROBES, D, ROWS = 200, 20, 32
 

@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 import yaml
 
-from megatron_tikmix.monitoring.decision import Influence, moves
-from megatron_tikmix.monitoring.formatting import DASH, clean, count, duration, shorten
+from megatron_tikmix.monitoring.files import RunFiles, append_jsonl
 from megatron_tikmix.monitoring.history import RunHistory
-from megatron_tikmix.monitoring.run_files import RunFiles, append_jsonl
+from megatron_tikmix.monitoring.words import DASH, Influence, clean, count, duration, moves, shorten
 from tests.make_run import make_run
 
 

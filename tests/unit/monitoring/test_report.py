@@ -10,13 +10,14 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
+from megatron_tikmix.decision.explain import explain
 from megatron_tikmix.errors import InputError
-from megatron_tikmix.monitoring import heat_maps, pictures
-from megatron_tikmix.monitoring.explanation import explain
-from megatron_tikmix.monitoring.formatting import DASH, count, duration
+from megatron_tikmix.monitoring import figures as heat_maps
+from megatron_tikmix.monitoring import figures as pictures
+from megatron_tikmix.monitoring.files import RunFiles
 from megatron_tikmix.monitoring.history import RunHistory
 from megatron_tikmix.monitoring.report import main, write_report
-from megatron_tikmix.monitoring.run_files import RunFiles
+from megatron_tikmix.monitoring.words import DASH, count, duration
 from tests.make_run import SEQUENCE_LENGTH, make_run
 
 SIX = ["prose", "python", "licences", "man_pages", "c_headers", "noise"]

@@ -9,10 +9,8 @@ from PIL import Image
 from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams import plugin_data_pb2
 
-from megatron_tikmix.monitoring.decision import Influence
-from megatron_tikmix.monitoring.heat_map_image import heat_map_image
-from megatron_tikmix.monitoring.tensorboard import TensorBoardWriter
-from megatron_tikmix.monitoring.tensorboard_layout import layout_of
+from megatron_tikmix.monitoring.tensorboard import TensorBoardWriter, heat_map_image, layout_of
+from megatron_tikmix.monitoring.words import Influence
 from tests.make_run import make_run, realised
 from tests.tensorboard_values import assert_same, expected_scalars, read_back, undocumented
 

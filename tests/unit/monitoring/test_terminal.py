@@ -6,8 +6,8 @@ import re
 import pytest
 from rich.console import Console
 
-from megatron_tikmix.monitoring.formatting import DASH
 from megatron_tikmix.monitoring.terminal import Terminal
+from megatron_tikmix.monitoring.words import DASH
 from tests.make_run import SEQUENCE_LENGTH, make_run
 
 MINUS = "\N{MINUS SIGN}"

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_tikmix.mixing import Mixture, MixtureSchedule
+from megatron_tikmix.mixture.mixture import Mixture
+from megatron_tikmix.mixture.schedule import MixtureSchedule
 from megatron_tikmix.training.checkpoint_files import RECORD, CheckpointFolder, measured
 from tests.unit.training.test_checkpoint_files import flip_a_bit
 from tools.checkpoint import main

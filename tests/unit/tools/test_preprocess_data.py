@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from megatron_tikmix.data.domains import DomainManifest
-from megatron_tikmix.data.preprocessing import parts
-from megatron_tikmix.data.preprocessing.new_tokenizer import sample
-from megatron_tikmix.data.preprocessing.readers import Reading
-from megatron_tikmix.data.preprocessing.sources import Source
+from megatron_tikmix.prepare import parts
+from megatron_tikmix.prepare.readers import Reading
+from megatron_tikmix.prepare.sources import Source
+from megatron_tikmix.prepare.train_tokenizer import sample
 
 # What breaks a careless tokenizer or reader.
 TEXTS = [

@@ -8,7 +8,7 @@ import torch
 
 from megatron_tikmix.training.loop import Run, train_interval
 from tests.conftest import overridden
-from tests.unit.training.conftest import one_rank
+from tests.one_rank import one_rank
 
 
 def parameters(run: Run) -> list[torch.Tensor]:

@@ -9,7 +9,7 @@ import yaml
 
 from megatron_tikmix.config import load_config
 from megatron_tikmix.data.builder import TrainingData
-from megatron_tikmix.training.fingerprint import difference, fingerprint
+from megatron_tikmix.training.checkpoint import difference, fingerprint
 from tests.conftest import overridden
 
 SAVED: dict[str, Any] = {

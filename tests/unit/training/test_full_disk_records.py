@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from megatron_tikmix.monitoring.run_files import append_jsonl, read_jsonl
+from megatron_tikmix.monitoring.files import append_jsonl, read_jsonl
 from megatron_tikmix.monitoring.tensorboard import TensorBoardWriter
 from megatron_tikmix.training import record
 from megatron_tikmix.training.loop import train
 from tests.conftest import overridden, without_timings
-from tests.unit.training.conftest import one_rank
+from tests.one_rank import one_rank
 
 
 @contextmanager

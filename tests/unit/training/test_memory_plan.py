@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from megatron_tikmix.data.samples import stack
+from megatron_tikmix.megatron.step import forward_step
 from megatron_tikmix.training.loop import train_interval
-from megatron_tikmix.training.memory_plan import in_short, plan_memory
-from megatron_tikmix.training.step import forward_step
+from megatron_tikmix.training.plan import in_short, plan_memory
 from tests.conftest import VOCAB_SIZE, overridden
-from tests.unit.training.conftest import one_rank
+from tests.one_rank import one_rank
 
 SHAPE = {
     "model.hidden_size": 64,

@@ -9,7 +9,7 @@ from megatron_tikmix.training import checkpoint
 from megatron_tikmix.training.checkpoint import Checkpointer
 from megatron_tikmix.training.loop import train_interval
 from tests.conftest import overridden
-from tests.unit.training.conftest import one_rank
+from tests.one_rank import one_rank
 
 
 def test_learning_rate_and_adam_follow_the_configuration(

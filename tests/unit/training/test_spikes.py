@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_tikmix.training.spikes import SMOOTHING, LossSpikes
+from megatron_tikmix.training.state import SMOOTHING, LossSpikes
 
 TOKENS = {"easy": 100.0, "hard": 100.0}
 

@@ -9,7 +9,7 @@ import time
 import pytest
 
 from megatron_tikmix.config import TrainConfig
-from megatron_tikmix.parallel.initialize import Parallel
+from megatron_tikmix.megatron.groups import Parallel
 from megatron_tikmix.training import stopping
 from megatron_tikmix.training.stopping import SignalWatch, Stopping
 

@@ -1,0 +1,422 @@
+"""Sections `data`, `tasks` and `evaluate`."""
+
+import math
+import re
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+
+from megatron_tikmix.config.probe import ProbeConfig
+from megatron_tikmix.config.remix import AuditConfig, RemixConfig, RolloutConfig
+from megatron_tikmix.config.requirement import require
+from megatron_tikmix.errors import InputError
+from megatron_tikmix.mixture.batch_sizes import BatchSizes
+
+
+@dataclass(kw_only=True)
+class DataConfig:
+    """Training domains."""
+
+    manifest: str
+    """The domain manifest (YAML) that tools/preprocess_data.py wrote."""
+
+    sequence_length: int = 1024
+    """Tokens of one sample."""
+
+    domains: list[str] | None = None
+    """Train on these domains of the manifest only (default: all of them)."""
+
+    initial_mixture: (
+        Literal["uniform", "proportional", "temperature", "unimax"] | dict[str, float]
+    ) = "proportional"
+    """Mixture of the first interval, and of the whole run with remix.policy static: `uniform`,
+    `proportional` to training tokens, `temperature` (proportional to tokens^(1/temperature)),
+    `unimax` (as uniform as unimax_epochs over the whole run allow), or weights by domain name."""
+
+    temperature: float = 2.0
+    """`initial_mixture: temperature`: 1 is proportional, larger is nearer to uniform."""
+
+    unimax_epochs: float = 4.0
+    """`initial_mixture: unimax`: the most passes over a domain in the whole run."""
+
+    num_workers: int | None = None
+    """Data-loading worker processes of each rank. None: 2 where there is a GPU, and none without,
+    where reading samples takes a small part of a step."""
+
+    path_to_cache: str | None = None
+    """Where the indices of large domains' epochs are kept, for all ranks and later runs; it must be
+    a folder that all nodes see. None: RUN_DIR/cache. Small domains have none on disk."""
+
+    reset_attention_mask: bool = False
+    """Intra-document masking: no token attends to an earlier document of its sample."""
+
+    reset_position_ids: bool = False
+    """Count positions anew in every document of a sample (matters to position_embedding_type
+    learned_absolute only)."""
+
+    eod_mask_loss: bool = False
+    """Leave out the loss where the input is an end-of-document token."""
+
+    def __post_init__(self) -> None:
+        require(self.sequence_length > 0, "data.sequence_length", "must be positive")
+        require(self.domains != [], "data.domains", "must name a domain, or be left out for all")
+        if self.num_workers is None:
+            self.num_workers = 2 if torch.cuda.is_available() else 0
+        require(self.num_workers >= 0, "data.num_workers", "must not be negative")
+
+
+@dataclass(kw_only=True)
+class TaskConfig:
+    """A validation task: give one of `domain`, `prefix` and `prompts`."""
+
+    domain: str | None = None
+    """The domain whose `validation` split is measured."""
+
+    prefix: str | None = None
+    """PREFIX.bin and PREFIX.idx are measured: further held-out text, made with the manifest's
+    tokenizer."""
+
+    prompts: str | None = None
+    """A JSONL file (plain, .gz, .bz2, .xz or .zst) of prompts and completions, of which the
+    completions are measured. Tokenised at the start with the manifest's tokenizer."""
+
+    prompt_field: str = "prompt"
+    """`prompts`: the field that holds the prompt."""
+
+    completion_field: str = "completion"
+    """`prompts`: the field that holds the completion."""
+
+    weight: float = 1.0
+    """What this task counts for in the decision, relative to the others."""
+
+    decides: bool = True
+    """False: the task is measured and reported, and no mixture is decided on it."""
+
+    def check(self, name: str) -> None:
+        """Refuse a task that is given by more or less than one of its three fields."""
+        kinds = [kind for kind in ("domain", "prefix", "prompts") if getattr(self, kind)]
+        require(
+            len(kinds) == 1,
+            f"tasks.{name}",
+            f"must have one of domain, prefix and prompts, and has {' and '.join(kinds) or 'none'}",
+        )
+
+
+@dataclass(kw_only=True)
+class EvaluateConfig:
+    """Validation loss at every boundary and at the end, on items that do not decide."""
+
+    task_samples: int = 64
+    """At most so many samples of each task are measured."""
+
+    def __post_init__(self) -> None:
+        require(self.task_samples > 0, "evaluate.task_samples", "must be positive")
+
+
+# Sections `train`, `scheduler` and `checkpoint`.
+
+
+MAY_CHANGE = (
+    "seed",
+    "domains",
+    "tokens",
+    "files",
+    "tokenizer",
+    "data.reset_position_ids",
+    "data.reset_attention_mask",
+    "data.eod_mask_loss",
+)
+"""What a checkpoint may be resumed with another value of, if `allow_changed` names it."""
+
+
+@dataclass(kw_only=True)
+class TrainConfig:
+    """How much to train, and in which batches."""
+
+    train_iters: int
+    """Optimizer steps of the whole run."""
+
+    micro_batch_size: int = 1
+    """Samples of one forward-backward pass on one data-parallel rank."""
+
+    global_batch_size: int = 8
+    """Samples of one optimizer step, over all data-parallel ranks."""
+
+    rampup_batch_size: list[int] | None = None
+    """Megatron's batch-size ramp-up, [START, INCREMENT, SAMPLES]: the first global batches have
+    START samples, and in equal parts of SAMPLES samples they grow by INCREMENT to
+    global_batch_size."""
+
+    log_interval: int = 10
+    """Write a row of metrics.jsonl and TensorBoard every so many iterations."""
+
+    exit_interval: int | None = None
+    """Save and end the run at iterations divisible by this, with exit code 0."""
+
+    exit_duration_in_mins: float | None = None
+    """Save and end the run, with exit code 0, after the step in which so many minutes are over."""
+
+    max_skipped_iterations: int = 3
+    """An update whose gradient is not finite is skipped and counted, as in Megatron; the run ends
+    with an error after so many in a row."""
+
+    loss_spike_factor: float | None = 1.5
+    """Warn of logged losses of more than so many times what the domains of their samples had of
+    late, and count them; null: do not. They are trained on all the same."""
+
+    def __post_init__(self) -> None:
+        require(self.max_skipped_iterations > 0, "train.max_skipped_iterations", "must be positive")
+        for name in ("exit_interval", "exit_duration_in_mins", "loss_spike_factor"):
+            value = getattr(self, name)
+            require(value is None or value > 0, f"train.{name}", "must be positive")
+        for name in ("train_iters", "micro_batch_size", "global_batch_size", "log_interval"):
+            require(getattr(self, name) > 0, f"train.{name}", "must be positive")
+        ramp, size = self.rampup_batch_size, self.global_batch_size
+        if ramp is None:
+            self._batch_sizes = BatchSizes.constant(size)
+            return
+        require(len(ramp) == 3, "train.rampup_batch_size", "must be [START, INCREMENT, SAMPLES]")
+        start, increment, samples = ramp
+        try:
+            self._batch_sizes = BatchSizes.ramp_up(start, increment, samples, size)
+        except InputError as error:
+            raise InputError(f"train.rampup_batch_size: {error}") from None
+
+    @property
+    def batch_sizes(self) -> BatchSizes:
+        """Samples of each global batch."""
+        return self._batch_sizes
+
+    def consumed_samples(self, iteration: int) -> int:
+        """Samples of the first `iteration` iterations."""
+        return int(self._batch_sizes.samples_before(iteration))
+
+
+@dataclass(kw_only=True)
+class SchedulerConfig:
+    """Learning-rate schedule (megatron-core's OptimizerParamScheduler).
+
+    The peak and the floor are `optimizer.lr` and `optimizer.min_lr`.
+    """
+
+    lr_decay_style: Literal["constant", "linear", "cosine", "inverse-square-root", "WSD"] = "cosine"
+    """Shape of the decay."""
+
+    lr_warmup_iters: int = 0
+    """Iterations of linear warm-up from 0."""
+
+    lr_decay_iters: int | None = None
+    """Iterations until the floor is reached (default: the whole run)."""
+
+    lr_wsd_decay_iters: int | None = None
+    """WSD only: length of the final decay, in iterations."""
+
+    def __post_init__(self) -> None:
+        require(self.lr_warmup_iters >= 0, "scheduler.lr_warmup_iters", "must not be negative")
+        require(
+            self.lr_decay_style != "WSD" or self.lr_wsd_decay_iters is not None,
+            "scheduler.lr_wsd_decay_iters",
+            "must be given with lr_decay_style WSD",
+        )
+
+
+@dataclass(kw_only=True)
+class CheckpointConfig:
+    """Checkpoints under RUN_DIR/checkpoints; a run started again in its directory resumes."""
+
+    save_interval: int | None = None
+    """Iterations between checkpoints, besides one after every boundary and one at the end."""
+
+    keep: int = 2
+    """How many of the newest checkpoints to keep; older ones are deleted."""
+
+    keep_every: int | None = None
+    """Checkpoints of iterations divisible by this are kept besides, for good."""
+
+    async_save: bool = False
+    """Write checkpoints in a process of their own while training goes on; the last one of a run is
+    waited for. It needs the host memory of what this rank writes."""
+
+    allow_changed: list[str] = field(default_factory=list)
+    """What may differ from the checkpoint that is resumed: some of seed, domains, tokens, files,
+    tokenizer, data.reset_position_ids, data.reset_attention_mask, data.eod_mask_loss. Domains can
+    only be added: a stage begins where the run is resumed, in which each has its share of
+    data.initial_mixture. With another seed or other tokens a domain's samples come in another
+    order: some are repeated, some left out."""
+
+    def __post_init__(self) -> None:
+        require(
+            self.save_interval is None or self.save_interval > 0,
+            "checkpoint.save_interval",
+            "must be positive",
+        )
+        require(self.keep > 0, "checkpoint.keep", "must be positive")
+        unknown = [name for name in self.allow_changed if name not in MAY_CHANGE]
+        require(not unknown, "checkpoint.allow_changed", f"must be of {', '.join(MAY_CHANGE)}")
+        require(
+            self.keep_every is None or self.keep_every > 0,
+            "checkpoint.keep_every",
+            "must be positive",
+        )
+
+
+# The sections that are about the mixture, whoever trains: what they mean together.
+
+
+class MixtureSections:
+    """What data, probe, decision and rollouts go by: the fields they ask for, and what follows.
+
+    :class:`~megatron_tikmix.config.RunConfig` has these fields among others;
+    :class:`HostedConfig` has no more.
+    """
+
+    data: DataConfig
+    tasks: dict[str, TaskConfig]
+    train: TrainConfig
+    scheduler: SchedulerConfig
+    remix: RemixConfig
+    probe: ProbeConfig
+    rollout: RolloutConfig
+    audit: AuditConfig
+    run_dir: str
+    seed: int
+
+    def check_sections(self) -> None:
+        """Refuse sections that do not fit together, and settle what is None in `remix`.
+
+        Raises:
+            InputError: names the field and the remedy.
+        """
+        require(bool(self.tasks), "tasks", "must name at least one validation task")
+        require(
+            bool(self.deciding_tasks) or self.remix.policy in ("static", "schedule"),
+            "tasks",
+            "must have at least one that decides; all have `decides: false`",
+        )
+        for name in self.tasks:
+            require(
+                re.fullmatch(r"[A-Za-z0-9_.-]+", name) is not None,
+                f"tasks.{name}",
+                "must be named with letters, digits, '_', '.' and '-' only",
+            )
+            self.tasks[name].check(name)
+            weight = self.tasks[name].weight
+            require(
+                math.isfinite(weight) and weight > 0, f"tasks.{name}.weight", "must be positive"
+            )
+            require(
+                self.remix.preset is None or weight == 1,
+                f"tasks.{name}.weight",
+                "cannot be set with remix.preset paper, which takes the raw sum over tasks",
+            )
+        require(
+            self.audit.enabled or not self.remix.require_audit,
+            "remix.require_audit",
+            "needs audit.enabled true",
+        )
+        require(bool(self.run_dir), "run_dir", "must name a folder")
+        require(0 <= self.seed < 2**32, "seed", f"({self.seed}) must be from 0 to 2**32 - 1")
+        self.remix = self.remix.settled()
+
+    @property
+    def decides(self) -> bool:
+        """Whether mixtures are decided by influence at interval boundaries."""
+        follows = self.remix.policy in ("static", "schedule")
+        return not follows and self.remix.interval_samples is not None
+
+    @property
+    def interval_iters(self) -> int | None:
+        """Iterations of one interval, once batches are full; None without intervals."""
+        samples = self.remix.interval_samples
+        return None if samples is None else samples // self.train.global_batch_size
+
+    @property
+    def boundaries(self) -> list[int]:
+        """The iterations after which an interval ends; none at the end of training."""
+        length, sizes = self.remix.interval_samples, self.train.batch_sizes
+        if length is None:
+            return []
+        first = self.remix.first_interval_samples or length
+        total = self.train.consumed_samples(self.train.train_iters)
+        ends = (sizes.end_from(reached) for reached in range(first, total, length))
+        return [int(sizes.batch_of(end)) for end in ends if end < total]
+
+    def first_reset(self) -> int | None:
+        """The first iteration at which the mixture may be reset; None if there is none."""
+        if not self.decides or self.remix.mode == "advise":
+            return None
+        return next((at for at in self.boundaries if not self.outside_phase(at)), None)
+
+    @property
+    def deciding_tasks(self) -> dict[str, TaskConfig]:
+        """The tasks that the mixture is decided on."""
+        return {name: task for name, task in self.tasks.items() if task.decides}
+
+    def outside_phase(self, iteration: int) -> str:
+        """Why there is no reset at this iteration, in words; empty if there is one."""
+        remix, iters = self.remix, self.train.train_iters
+
+        def at(bound: int | float) -> int:
+            return bound if isinstance(bound, int) else round(bound * iters)
+
+        if iteration < at(remix.start):
+            return f"resets begin at iteration {at(remix.start)} (remix.start)"
+        if remix.stop is not None and iteration > at(remix.stop):
+            return f"resets ended at iteration {at(remix.stop)} (remix.stop)"
+        decay = self.scheduler.lr_wsd_decay_iters
+        if self.scheduler.lr_decay_style == "WSD" and decay is not None and not remix.in_lr_decay:
+            first = (self.scheduler.lr_decay_iters or iters) - decay
+            if iteration >= first:
+                return (
+                    f"the learning rate decays from iteration {first} on (remix.in_lr_decay false)"
+                )
+        return ""
+
+    @property
+    def needs_rollouts(self) -> bool:
+        """Whether anything is measured by short continuations of training."""
+        by_rollout = self.remix.policy == "tikmix_m" and self.remix.measure == "rollout"
+        return by_rollout or self.audit.enabled
+
+
+@dataclass(kw_only=True)
+class HostedConfig(MixtureSections):
+    """What a Remixer in a training loop that is not ours goes by.
+
+    ::
+
+        HostedConfig(
+            data=DataConfig(manifest="data/domains.yaml", sequence_length=4096),
+            tasks={"code": TaskConfig(domain="python_code")},
+            train=TrainConfig(train_iters=100_000, micro_batch_size=2, global_batch_size=512),
+            remix=RemixConfig(interval_samples=512 * 10_000),
+        )
+    """
+
+    data: DataConfig
+    tasks: dict[str, TaskConfig]
+    """Validation tasks by name."""
+
+    train: TrainConfig
+    """As the loop trains: iterations, and sizes of its batches."""
+
+    remix: RemixConfig = field(default_factory=RemixConfig)
+    probe: ProbeConfig = field(default_factory=ProbeConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    audit: AuditConfig = field(default_factory=AuditConfig)
+
+    scheduler: SchedulerConfig = field(
+        default_factory=lambda: SchedulerConfig(lr_decay_style="constant")
+    )
+    """The loop's learning-rate schedule; read only for where a WSD schedule's final decay begins,
+    in which there is no reset (`remix.in_lr_decay`)."""
+
+    run_dir: str = "runs/hosted"
+    """Where large domains' indices are kept (`data.path_to_cache`)."""
+
+    seed: int = 1234
+    """Seed of the sample order."""
+
+    def __post_init__(self) -> None:
+        self.check_sections()

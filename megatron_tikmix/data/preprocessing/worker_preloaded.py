@@ -1,5 +1,0 @@
-"""Imported once for all worker processes: what takes seconds, and starts no thread."""
-
-from megatron_tikmix.data.preprocessing.parts import import_indexed_dataset
-
-import_indexed_dataset()

@@ -1,0 +1,214 @@
+"""The audit: does training really go where the influence matrix said it would?
+
+Short rollouts of the old and of the new mixture, in pairs that share their random numbers,
+repeated with fresh ones. What they realise is held against what was predicted.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy import stats
+
+Verdict = Literal["confirmed", "inconclusive", "contradicted"]
+
+LEAST_REPETITIONS = 4
+
+
+@dataclass(frozen=True)
+class RolloutOutcomes:
+    """What rollouts measured; the same on every rank.
+
+    Attributes:
+        drops_RNV: each repetition's and candidate's drop of each task's loss, before − after, in
+            nats per token, float64 (R, N, V). Positive: the task got better (the benefit sign).
+            NaN for all tasks where a loss or a gradient of the rollout was not finite.
+        before_V: the tasks' losses the drops start from, float64 (V,).
+        trained_tokens: tokens of the optimizer steps, over all ranks.
+        evaluated_tokens: tokens of the forward passes that measured losses, padding included.
+        seconds: wall-clock time.
+    """
+
+    drops_RNV: NDArray[np.float64]
+    before_V: NDArray[np.float64]
+    trained_tokens: int
+    evaluated_tokens: int
+    seconds: float
+
+    @property
+    def outcomes_NV(self) -> NDArray[np.float64]:
+        """The drops averaged over repetitions, float64 (N, V); NaN where one of them is."""
+        return self.drops_RNV.mean(axis=0)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A predicted against a realised difference, new mixture − old, in the benefit sign.
+
+    Attributes:
+        predicted: of influence, in the matrix's own unit: only its sign is compared.
+        difference: of the loss drops, mean over repetitions, nats per token. Positive: the new
+            mixture is better. NaN with fewer than two repetitions to go by.
+        low, high: its t interval over repetitions.
+        verdict: `inconclusive` while the interval contains 0 (or nothing was predicted),
+            `confirmed` if it lies on the predicted side of 0, else `contradicted`.
+    """
+
+    predicted: float
+    difference: float
+    low: float
+    high: float
+    verdict: Verdict
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain values; None for what is not finite."""
+        numbers = {
+            "predicted": self.predicted,
+            "difference": self.difference,
+            "low": self.low,
+            "high": self.high,
+        }
+        finite = {key: value if math.isfinite(value) else None for key, value in numbers.items()}
+        return {**finite, "verdict": self.verdict}
+
+
+@dataclass(frozen=True)
+class Audit:
+    """What an audit found, as it goes into the ledger.
+
+    Attributes:
+        tasks: a comparison for each task, by name.
+        overall: of the sum over tasks, weighted by what each counts for in the decision.
+        iters: optimizer steps of each rollout.
+        repetitions: pairs of rollouts.
+        confidence: of the intervals.
+        lost: repetitions in which the (old, new) mixture's rollout lost its loss or gradient;
+            pairs with either are left out of the comparisons.
+        trained_tokens, evaluated_tokens, seconds: what it cost.
+    """
+
+    tasks: Mapping[str, Comparison]
+    overall: Comparison
+    iters: int
+    repetitions: int
+    confidence: float
+    lost: tuple[int, int]
+    trained_tokens: int
+    evaluated_tokens: int
+    seconds: float
+
+    @property
+    def verdict(self) -> Verdict:
+        """Of the weighted sum: of many tasks, one in twenty is outside a 95% interval by chance.
+
+        `contradicted` too when the new mixture lost its loss more often than the old one.
+        """
+        return "contradicted" if self.lost[1] > self.lost[0] else self.overall.verdict
+
+    @property
+    def refutes(self) -> bool:
+        """Whether the new mixture is the worse one of the two, whatever was predicted."""
+        return self.lost[1] > self.lost[0] or self.overall.high < 0
+
+    @property
+    def reason(self) -> str:
+        """One sentence for the ledger and the terminal."""
+        if self.lost[1] > self.lost[0]:
+            return (
+                f"the audit's rollouts of the new mixture lost their loss {self.lost[1]} times in "
+                f"{self.repetitions}, those of the old one {self.lost[0]} times"
+            )
+        found = self.overall
+        return (
+            f"the audit's rollouts are {_WORDS[found.verdict]}: the new mixture's loss fell by "
+            f"{found.difference:+.4f} nats against the old one's, {self.confidence:.0%} interval "
+            f"{found.low:+.4f} to {found.high:+.4f}"
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain values, for a row of the ledger."""
+        return {
+            "verdict": self.verdict,
+            "refutes": self.refutes,
+            "reason": self.reason,
+            "overall": self.overall.to_json(),
+            "tasks": {name: found.to_json() for name, found in self.tasks.items()},
+            "iters": self.iters,
+            "repetitions": self.repetitions,
+            "confidence": self.confidence,
+            "lost": list(self.lost),
+            "trained_tokens": self.trained_tokens,
+            "evaluated_tokens": self.evaluated_tokens,
+            "seconds": self.seconds,
+        }
+
+
+_WORDS: dict[Verdict, str] = {
+    "confirmed": "as predicted",
+    "inconclusive": "inconclusive",
+    "contradicted": "against the prediction",
+}
+
+
+def compare(predicted: float, realised_R: ArrayLike, confidence: float = 0.95) -> Comparison:
+    """A prediction against repeated paired differences, by Student's t.
+
+    Args:
+        predicted: difference of influence, new − old, benefit sign.
+        realised_R: difference of loss drops of each repetition, the same way round, float (R,);
+            those not finite are left out.
+    """
+    given_R = np.asarray(realised_R, dtype=np.float64)
+    kept_R = given_R[np.isfinite(given_R)]
+    n = len(kept_R)
+    if n < 2:
+        return Comparison(predicted, math.nan, math.nan, math.nan, "inconclusive")
+    mean = float(kept_R.mean())
+    standard_error = float(kept_R.std(ddof=1)) / math.sqrt(n)
+    half_width = float(stats.t.ppf(0.5 + confidence / 2, df=n - 1)) * standard_error
+    low, high = mean - half_width, mean + half_width
+    verdict: Verdict = "inconclusive"
+    if predicted != 0 and (low > 0 or high < 0):
+        verdict = "confirmed" if (low > 0) == (predicted > 0) else "contradicted"
+    return Comparison(predicted, mean, low, high, verdict)
+
+
+def judge(
+    tasks: Sequence[str],
+    task_weights: Mapping[str, float],
+    predicted_V: ArrayLike,
+    outcomes: RolloutOutcomes,
+    *,
+    iters: int,
+    confidence: float = 0.95,
+) -> Audit:
+    """The audit of rollouts that were already run.
+
+    Args:
+        tasks: names, in the order of the arrays.
+        predicted_V: S·(w_new − w_old), benefit sign, float (V,).
+        outcomes: of the candidates old, new, in this order.
+    """
+    influence_V = np.asarray(predicted_V, dtype=np.float64)
+    old_RV, new_RV = outcomes.drops_RNV[:, 0], outcomes.drops_RNV[:, 1]
+    lost_old_R, lost_new_R = (~np.isfinite(drops_RV).all(axis=1) for drops_RV in (old_RV, new_RV))
+    realised_RV = (new_RV - old_RV)[~(lost_old_R | lost_new_R)]
+    weights_V = np.array([task_weights[name] for name in tasks], dtype=np.float64)
+    weights_V /= weights_V.sum()
+    return Audit(
+        tasks={
+            name: compare(float(influence_V[i]), realised_RV[:, i], confidence)
+            for i, name in enumerate(tasks)
+        },
+        overall=compare(float(weights_V @ influence_V), realised_RV @ weights_V, confidence),
+        iters=iters,
+        repetitions=len(old_RV),
+        confidence=confidence,
+        lost=(int(lost_old_R.sum()), int(lost_new_R.sum())),
+        trained_tokens=outcomes.trained_tokens,
+        evaluated_tokens=outcomes.evaluated_tokens,
+        seconds=outcomes.seconds,
+    )

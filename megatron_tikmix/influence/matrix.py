@@ -1,0 +1,295 @@
+"""InfluenceMatrix: what training on each domain does to each validation task."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy.optimize import nnls
+
+from megatron_tikmix.errors import InputError
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class InfluenceMatrix:
+    """S_VD with its names, in the BENEFIT sign: positive means that training on the domain
+    lowers the task's loss.
+
+    The paper's formula gives the opposite sign; this is the only one used here. The unit is
+    whatever the curvature made it, and differs from row to row (see method.md, section 1).
+
+    Raises:
+        InputError: shapes that do not fit the names, names that repeat, an entry that is NaN or
+            infinite, or a negative standard error.
+    """
+
+    values_VD: Array
+    """float64 (V, D), read-only; anything array-like is accepted."""
+
+    domains: Sequence[str]
+    tasks: Sequence[str]
+
+    standard_error_VD: Array | None = None
+    """Standard errors of the values, the same shape and units; None when not known."""
+
+    degrees_of_freedom: float | None = None
+    """Of the standard errors, for Student's t (one less than the sub-batches of a domain); None:
+    the errors are taken as known."""
+
+    def __post_init__(self) -> None:
+        for field, names in (("domains", self.domains), ("tasks", self.tasks)):
+            if not names or len(set(names)) < len(names):
+                raise InputError(f"influence: {field} must be names, each once; got {list(names)}")
+            object.__setattr__(self, field, tuple(names))
+        object.__setattr__(self, "values_VD", self._checked("value", self.values_VD))
+        if self.standard_error_VD is not None:
+            errors_VD = self._checked("standard error", self.standard_error_VD)
+            if (errors_VD < 0).any():
+                raise InputError("influence: a standard error is negative; it must be 0 or more")
+            object.__setattr__(self, "standard_error_VD", errors_VD)
+        if self.degrees_of_freedom is not None and not self.degrees_of_freedom > 0:
+            raise InputError(
+                f"influence: degrees_of_freedom is {self.degrees_of_freedom}; it must be positive"
+            )
+
+    def _checked(self, what: str, given: ArrayLike) -> Array:
+        array_VD = np.array(given, dtype=np.float64)
+        expected = (len(self.tasks), len(self.domains))
+        if array_VD.shape != expected:
+            raise InputError(
+                f"influence: the {what}s have shape {array_VD.shape}; {expected[0]} tasks and "
+                f"{expected[1]} domains need {expected}"
+            )
+        for v, d in np.argwhere(~np.isfinite(array_VD))[:1]:
+            raise InputError(
+                f"influence: the {what} of domain {self.domains[d]} on task {self.tasks[v]} is "
+                f"{array_VD[v, d]}; check that the probe's losses and gradients are finite"
+            )
+        array_VD.flags.writeable = False
+        return array_VD
+
+    def sorted_by_name(self) -> "InfluenceMatrix":
+        """The same matrix with domains and tasks in the order of their names."""
+        tasks, domains = sorted(self.tasks), sorted(self.domains)
+        order = np.ix_(
+            [self.tasks.index(name) for name in tasks],
+            [self.domains.index(name) for name in domains],
+        )
+        errors_VD = self.standard_error_VD
+        return InfluenceMatrix(
+            self.values_VD[order],
+            domains=domains,
+            tasks=tasks,
+            standard_error_VD=None if errors_VD is None else errors_VD[order],
+            degrees_of_freedom=self.degrees_of_freedom,
+        )
+
+    @property
+    def scale_V(self) -> Array:
+        """n_i = max_j |S_ij| of each task, (V,); 1 for a row of zeros. The answer of the solvers
+        does not change when a row is scaled."""
+        largest_V: Array = np.abs(self.values_VD).max(axis=1)
+        return np.where(largest_V > 0, largest_V, 1.0)
+
+    def normalised_errors(self) -> Array | None:
+        """Standard errors of the rows over their scale, (V, D); those of a row of zeros, which
+        drops out, are 0."""
+        if self.standard_error_VD is None:
+            return None
+        errors_VD: Array = self.standard_error_VD / self.scale_V[:, None]
+        kept_V1 = np.abs(self.values_VD).max(axis=1, keepdims=True) > 0
+        return np.where(kept_V1, errors_VD, 0.0)
+
+    def to_json(self) -> dict[str, Any]:
+        """``{"influence": {task: {domain: value}}, "influence_se": the same or None,
+        "influence_df": number or None}``, the keys of the ledger."""
+        errors_VD = self.standard_error_VD
+        return {
+            "influence": self._nested(self.values_VD),
+            "influence_se": None if errors_VD is None else self._nested(errors_VD),
+            "influence_df": self.degrees_of_freedom,
+        }
+
+    def _nested(self, array_VD: Array) -> dict[str, dict[str, float]]:
+        rows = zip(self.tasks, array_VD.tolist(), strict=True)
+        return {task: dict(zip(self.domains, row, strict=True)) for task, row in rows}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "InfluenceMatrix":
+        """Undo :meth:`to_json`; a whole row of the ledger will do.
+
+        Raises:
+            InputError: tasks that name different domains, or any of the class's own reasons.
+        """
+        values, errors = data["influence"], data.get("influence_se")
+        tasks = list(values)
+        domains = list(values[tasks[0]]) if tasks else []
+
+        def array_VD(of_task: Mapping[str, Mapping[str, float]]) -> ArrayLike:
+            if set(of_task) != set(tasks) or any(set(of_task[t]) != set(domains) for t in tasks):
+                raise InputError("influence: every task must name the same domains")
+            return [[of_task[task][domain] for domain in domains] for task in tasks]
+
+        return cls(
+            np.array(array_VD(values)),
+            domains=domains,
+            tasks=tasks,
+            standard_error_VD=None if errors is None else np.array(array_VD(errors)),
+            degrees_of_freedom=data.get("influence_df"),
+        )
+
+    def __repr__(self) -> str:
+        """A table: a line per domain, a column per task, ± one standard error."""
+        cells = [["", *self.tasks]]
+        for d, domain in enumerate(self.domains):
+            cells.append([domain, *(self._cell(v, d) for v in range(len(self.tasks)))])
+        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        lines = (
+            "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])])
+            for row in cells
+        )
+        return "InfluenceMatrix (positive: lowers the task's loss)\n" + "\n".join(lines)
+
+    def _cell(self, v: int, d: int) -> str:
+        errors_VD = self.standard_error_VD
+        error = "" if errors_VD is None else f" ± {errors_VD[v, d]:.1g}"
+        return f"{self.values_VD[v, d]:+.3g}{error}"
+
+
+# Joint influence: how much of each domain a task's gradient is made of.
+#
+# Influence S_ij looks at one domain at a time: whatever points a task's way is credited with all of
+# it. A near-duplicate is credited twice, and a text of the right words in the wrong order as much
+# as the real one, for early in training most of a gradient is about which words there are. Asked
+# together, domains share the credit. With the gradients g_j of the domains and f_i of the task, and
+# in the metric of the curvature, a step along Σ_j a_j g_j lowers the loss, to second order, by
+#
+# s_iᵀa − ½ aᵀG a      s_ij = ⟨f_i, g_j⟩,  G_jk = ⟨g_j, g_k⟩
+#
+# where the Hessian is taken to act on these few directions as the metric does. The most it can be
+# with a ≥ 0 is at the non-negative least squares fit of f_i by the g_j: the joint influence.
+
+
+OWN_ROW = "domain:"
+"""A row of this and a domain's name holds its influence on fresh samples of that domain itself."""
+
+_RIDGE = 0.01  # of the mean ⟨g_j, g_j⟩: what a fit has to be worth for the noise of G
+
+
+def joint_influence(influence: InfluenceMatrix) -> InfluenceMatrix:
+    """The non-negative least squares fit of each task's gradient by those of the domains.
+
+    Args:
+        influence: (V + D, D): rows of tasks, and for each domain the row ``domain:<name>`` with
+            the inner products of its gradient, on samples of their own, with those of all
+            domains. So G is measured without the bias that squaring a noisy gradient has.
+
+    Returns:
+        a_VD ≥ 0, rows of the tasks: a_ij tokens of domain j point where a token of the task does.
+        A domain without its own row is left out. Errors are those of the fit on the domains that
+        are in it, G taken as known; 0 for the others. Without any own row, `influence` itself.
+    """
+    if not has_own_rows(influence):
+        return influence
+    own = {name.removeprefix(OWN_ROW) for name in influence.tasks if name.startswith(OWN_ROW)}
+    domains = [name for name in influence.domains if name in own]
+    tasks = [name for name in influence.tasks if not name.startswith(OWN_ROW)]
+    columns = [influence.domains.index(name) for name in domains]
+
+    def rows(names: list[str], array_VD: Array) -> Array:
+        return array_VD[np.ix_([influence.tasks.index(name) for name in names], columns)]
+
+    gram_DD = rows([OWN_ROW + name for name in domains], influence.values_VD)
+    root_DD, gram_DD = _square_root((gram_DD + gram_DD.T) / 2)
+    inverse_root_DD = np.linalg.inv(root_DD)
+    given_VD = rows(tasks, influence.values_VD)
+    # ‖root a − root⁻¹ s‖² is aᵀG a − 2 sᵀa and a constant.
+    fits_VD = np.array([nnls(root_DD, inverse_root_DD @ given_D)[0] for given_D in given_VD])
+    errors_VD = influence.standard_error_VD
+    return InfluenceMatrix(
+        fits_VD,
+        domains=domains,
+        tasks=tasks,
+        standard_error_VD=(
+            None if errors_VD is None else _errors(fits_VD, gram_DD, rows(tasks, errors_VD))
+        ),
+        degrees_of_freedom=influence.degrees_of_freedom,
+    )
+
+
+def has_own_rows(influence: InfluenceMatrix) -> bool:
+    """Whether domains have their own rows, so that their joint influence is known."""
+    return any(name.startswith(OWN_ROW) for name in influence.tasks)
+
+
+def _square_root(gram_DD: Array) -> tuple[Array, Array]:
+    """The symmetric root of G with a ridge, and what it is the root of."""
+    values_D, vectors_DD = np.linalg.eigh(gram_DD)
+    ridge = _RIDGE * max(float(np.abs(np.diag(gram_DD)).mean()), 1e-300)
+    values_D = np.maximum(values_D, 0.0) + ridge
+    return (
+        (vectors_DD * np.sqrt(values_D)) @ vectors_DD.T,
+        (vectors_DD * values_D) @ vectors_DD.T,
+    )
+
+
+def _errors(fits_VD: Array, gram_DD: Array, errors_VD: Array) -> Array:
+    """Standard errors of each fit: those of s through the inverse of G on the domains in it."""
+    found_VD = np.zeros_like(fits_VD)
+    for fit_D, error_D, found_D in zip(fits_VD, errors_VD, found_VD, strict=True):
+        kept = np.flatnonzero(fit_D > 0)
+        if len(kept):
+            inverse = np.linalg.inv(gram_DD[np.ix_(kept, kept)])
+            found_D[kept] = np.sqrt((inverse**2) @ error_D[kept] ** 2)
+    return found_VD
+
+
+# Influence averaged over boundaries: draws of S average out, at the price of looking back.
+
+
+def smoothed(history: Sequence[InfluenceMatrix], smoothing: float) -> InfluenceMatrix:
+    """The exponential moving average of the normalised rows, in the units of the latest matrix.
+
+    With s = `smoothing`, row i of the answer is n_i · Σ_k c_k · (row i of boundary k, over its own
+    n), where c_k ∝ sᵏ for the boundary k before the latest, Σ c = 1. Rows
+    are normalised first since gradients shrink as the model learns, and an average of raw rows
+    would be one of the first boundaries. Standard errors are those of a weighted sum of independent
+    estimates.
+
+    Args:
+        history: at least one matrix, the latest last. Domains and tasks are those of the latest; a
+            boundary at which one of them was not measured is left out.
+        smoothing: 0 (the latest alone) to below 1.
+    """
+    latest = history[-1]
+    usable = [
+        matrix
+        for matrix in history
+        if set(matrix.domains) >= set(latest.domains) and set(matrix.tasks) >= set(latest.tasks)
+    ]
+    coefficients = smoothing ** np.arange(len(usable))[::-1] if smoothing else np.zeros(len(usable))
+    coefficients[-1] = 1.0
+    coefficients = coefficients / coefficients.sum()
+    values_VD, variance_VD = np.zeros_like(latest.values_VD), np.zeros_like(latest.values_VD)
+    for c, matrix in zip(coefficients.tolist(), usable, strict=True):
+        order = np.ix_(
+            [matrix.tasks.index(task) for task in latest.tasks],
+            [matrix.domains.index(domain) for domain in latest.domains],
+        )
+        scale_V1 = matrix.scale_V[order[0][:, 0], None]
+        values_VD += c * matrix.values_VD[order] / scale_V1
+        errors_VD = matrix.normalised_errors()
+        if errors_VD is not None:
+            variance_VD += (c * errors_VD[order]) ** 2
+    scale_V1 = latest.scale_V[:, None]
+    known = latest.standard_error_VD is not None
+    return InfluenceMatrix(
+        values_VD * scale_V1,
+        domains=latest.domains,
+        tasks=latest.tasks,
+        standard_error_VD=np.sqrt(variance_VD) * scale_V1 if known else None,
+        degrees_of_freedom=latest.degrees_of_freedom,
+    )

@@ -1,0 +1,115 @@
+"""Inverse curvature H⁻¹, applied to a gradient. A new one is a new class with this interface.
+
+None of these talks to other ranks: what has to be summed over ranks comes in as an argument
+(see :mod:`megatron_tikmix.measure.curvature`, which makes them).
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Protocol
+
+import torch
+
+from megatron_tikmix.config import ProbeConfig
+from megatron_tikmix.measure.shards import OptimizerShards
+from megatron_tikmix.megatron.collectives import sum_over_ranks
+from megatron_tikmix.megatron.groups import Parallel
+
+
+class Curvature(Protocol):
+    """Anything that can stand for H⁻¹.
+
+    Attributes:
+        name: what was used, as the ledger has it.
+    """
+
+    name: str
+
+    def precondition(self, gradient_P: torch.Tensor) -> torch.Tensor:
+        """H⁻¹ g on this rank's parameters, float32 (P,) to (P,); may overwrite `gradient_P`."""
+        ...
+
+
+class Identity:
+    """H = 1: influence is the plain inner product of gradients."""
+
+    name = "identity"
+
+    def precondition(self, gradient_P: torch.Tensor) -> torch.Tensor:
+        return gradient_P
+
+
+class DampedDiagonal:
+    """H⁻¹ = 1 / (√v + damping · mean √v), v a second moment of gradients.
+
+    With v the optimizer's own (`adam`) and held fixed, influence is to first order proportional
+    to what an Adam step along the domain does to the task. Without the relative damping,
+    parameters that never had a gradient would dominate.
+
+    Args:
+        name: where v comes from.
+        second_moment_P: v of this rank's parameters, float32 (P,); overwritten.
+        mean_root: mean of √v over all parameters that count, each once and vocabulary padding
+            left out (the padding depends on the layout).
+        damping: relative to that mean.
+    """
+
+    def __init__(
+        self, name: str, second_moment_P: torch.Tensor, *, mean_root: float, damping: float
+    ) -> None:
+        self.name = name
+        # In place: v may be as large as the model. Where there never was a gradient, any scale
+        # will do that is finite.
+        self._scale_P = second_moment_P.sqrt_().add_(damping * mean_root or 1.0).reciprocal_()
+
+    def precondition(self, gradient_P: torch.Tensor) -> torch.Tensor:
+        return gradient_P.mul_(self._scale_P)
+
+
+# Makes the curvature that a probe asks for, out of what the optimizer or the probe has.
+
+
+def fit_curvature(
+    config: ProbeConfig,
+    shards: OptimizerShards,
+    parallel: Parallel,
+    domain_gradients: Callable[[], Iterator[torch.Tensor]],
+) -> Curvature:
+    """The curvature of `config`, fitted at the parameters as they are. Collective.
+
+    `adam` before the optimizer's first step (or with weights that came without its state) is
+    `squared_gradients` instead, and says so in its name.
+
+    Args:
+        domain_gradients: mean gradients of fresh sub-batches, this rank's shard, float32 (P,);
+            called only by a curvature that needs them.
+    """
+    if config.curvature == "identity":
+        return Identity()
+    name = config.curvature
+    if name == "adam" and _somewhere(not shards.has_second_moment(), parallel):
+        name = "squared_gradients"
+    if name == "adam":
+        second_moment_P = shards.second_moment()
+    else:
+        second_moment_P = _mean_square(domain_gradients(), shards, parallel)
+    total, count = sum_over_ranks(shards.root_sum_and_count(second_moment_P), parallel).tolist()
+    return DampedDiagonal(
+        name, second_moment_P, mean_root=total / max(count, 1.0), damping=config.damping
+    )
+
+
+def _mean_square(
+    gradients: Iterator[torch.Tensor], shards: OptimizerShards, parallel: Parallel
+) -> torch.Tensor:
+    """Mean of the squared gradients that are finite, (P,): the probe's own second moment."""
+    total_P, count = torch.zeros(shards.numel, device=shards.device), 0
+    for gradient_P in gradients:
+        if not _somewhere(not torch.isfinite(gradient_P).all().item(), parallel):
+            total_P.addcmul_(gradient_P, gradient_P)
+            count += 1
+    return total_P.div_(max(count, 1))
+
+
+def _somewhere(condition: bool, parallel: Parallel) -> bool:
+    """Whether it holds on any rank. Collective."""
+    return sum_over_ranks(torch.tensor(float(condition)), parallel).item() > 0

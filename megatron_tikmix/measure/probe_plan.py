@@ -1,0 +1,212 @@
+"""What a probe is going to cost, before training, and whether it may."""
+
+import math
+from dataclasses import dataclass, replace
+
+from megatron_tikmix.config import MixtureSections, RunConfig
+from megatron_tikmix.data.builder import TrainingData
+from megatron_tikmix.errors import InputError
+from megatron_tikmix.influence.bank import MIN_SUB_BATCHES
+from megatron_tikmix.measure.flops import flops_per_token, parameters_per_rank
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbePlan:
+    """The cost of the probe at one boundary. Tokens count whether masked or not."""
+
+    domains: int
+    tasks: int
+
+    own_gradients: int
+    """Domains whose own gradient is kept as a task's is: all, with joint influence; else 0."""
+
+    sub_batches: int
+    """Of each domain, after `probe.max_overhead` was seen to."""
+
+    sub_batches_asked: int
+    """Of each domain, as configured."""
+
+    samples_of_tasks: int
+
+    samples_of_sub_batch: int
+    """Of one sub-batch of each domain, all passes through it and padding included."""
+
+    samples_of_curvature: int
+
+    least_samples_of_sub_batch: int
+    """The same with one micro-batch on each rank that carries a sub-batch."""
+
+    sequence_length: int
+    interval_tokens: int
+    max_overhead: float | None
+    flops_per_token: float
+
+    most_tokens: int | None
+    """With `probe.precision`: what it may grow to; None without."""
+
+    gradient_bytes: int
+    """Validation gradients kept on the fullest rank, at most."""
+
+    mode: str
+
+    @property
+    def samples(self) -> int:
+        of_domains = self.sub_batches * self.samples_of_sub_batch
+        return self.samples_of_tasks + self.samples_of_curvature + of_domains
+
+    @property
+    def tokens(self) -> int:
+        return self.samples * self.sequence_length
+
+    @property
+    def least_tokens(self) -> int:
+        """With the fewest sub-batches and samples that give an influence matrix with errors."""
+        samples = self.samples_of_tasks + MIN_SUB_BATCHES * self.least_samples_of_sub_batch
+        return samples * self.sequence_length
+
+    @property
+    def overhead(self) -> float:
+        """Tokens of the probe over those of an interval."""
+        return self.tokens / self.interval_tokens
+
+    @property
+    def affordable(self) -> bool:
+        return self.max_overhead is None or self.overhead <= self.max_overhead
+
+    def in_words(self) -> str:
+        fewer = ""
+        if self.sub_batches < self.sub_batches_asked:
+            fewer = (
+                f" (lowered from {self.sub_batches_asked} to stay within probe.max_overhead "
+                f"{self.max_overhead:g})"
+            )
+        grows = ""
+        if self.most_tokens is not None:
+            grows = (
+                f", growing to {self.most_tokens:,} at most where noise matters (probe.precision)"
+            )
+        own = f" + {self.own_gradients} own gradients of domains" if self.own_gradients else ""
+        share = self.tokens / (self.tokens + self.interval_tokens)
+        limit = "no limit" if self.max_overhead is None else f"limit {self.max_overhead:.0%}"
+        return (
+            f"{self.domains} domains × {self.sub_batches} sub-batches{fewer} + "
+            f"{self.tasks} tasks{own} = {self.samples:,} samples "
+            f"({self.tokens:,} tokens{grows}; at the least "
+            f"{self.least_tokens:,}); {self.overhead:.1%} of an interval's tokens ({limit}), "
+            f"{share:.1%} of the compute with the probe's; "
+            f"{self.tokens * self.flops_per_token:.2g} FLOPs; validation gradients "
+            f"{self.mode}, at most {self.gradient_bytes / 2**20:,.1f} MiB on a rank"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """What is trained and how it is spread, as far as a probe's cost depends on it.
+
+    Attributes:
+        microbatch_multiple: what the micro-batches of one pass must be a multiple of: the pipeline
+            size where stages are interleaved, else 1.
+        parameters: of the fullest rank.
+        flops_per_token: forward and backward, of the whole model.
+    """
+
+    data_parallel_size: int
+    microbatch_multiple: int
+    parameters: int
+    flops_per_token: float
+
+
+def plan_probe(config: RunConfig, world_size: int, data: TrainingData) -> ProbePlan | None:
+    """The probe's plan, before anything is built; None if there is no probe.
+
+    Raises:
+        InputError: as :func:`plan_probe_of`.
+    """
+    model, vocab_size = config.model, data.manifest.vocab_size
+    length = config.data.sequence_length
+    interleaved = model.virtual_pipeline_model_parallel_size is not None
+    trained = Trained(
+        data_parallel_size=config.data_parallel_size(world_size),
+        microbatch_multiple=model.pipeline_model_parallel_size if interleaved else 1,
+        parameters=parameters_per_rank(model, vocab_size, length),
+        flops_per_token=flops_per_token(model, vocab_size, length),
+    )
+    return plan_probe_of(trained, config, data)
+
+
+def plan_probe_of(
+    trained: Trained, config: MixtureSections, data: TrainingData
+) -> ProbePlan | None:
+    """The probe's plan; None if there is none.
+
+    Raises:
+        InputError: it cannot be brought within `probe.max_overhead` with 8 sub-batches or more.
+    """
+    if not config.decides:
+        return None
+    plan = _as_configured(trained, config, data)
+    while not plan.affordable and plan.sub_batches > MIN_SUB_BATCHES:
+        plan = replace(plan, sub_batches=plan.sub_batches - 1)
+    if plan.affordable:
+        return plan
+    assert plan.max_overhead is not None
+    batch, interval = config.train.global_batch_size, config.remix.interval_samples
+    enough = math.ceil(plan.samples / plan.max_overhead / batch) * batch
+    raise InputError(
+        f"probe.max_overhead: a probe of {plan.tokens:,} tokens (with {plan.sub_batches} "
+        f"sub-batches, the fewest) is {plan.overhead:.3g} of an interval's "
+        f"{plan.interval_tokens:,} tokens, and {plan.max_overhead:g} is allowed; lower "
+        f"probe.sub_batch_samples ({config.probe.sub_batch_samples}) or probe.task_samples "
+        f"({config.probe.task_samples}), raise remix.interval_samples from {interval} to "
+        f"{enough}, or raise probe.max_overhead"
+    )
+
+
+def _as_configured(trained: Trained, config: MixtureSections, data: TrainingData) -> ProbePlan:
+    probe, train = config.probe, config.train
+    interval_samples = (config.interval_iters or 0) * train.global_batch_size
+    ranks, length = trained.data_parallel_size, config.data.sequence_length
+    D, V = len(data.names), len(data.probed_tasks)
+    replicated = probe.data_parallel_mode == "replicated"
+    least = train.micro_batch_size * trained.microbatch_multiple
+    step = least * (1 if replicated else ranks)  # of a sub-batch
+    groups = math.ceil(V / (probe.task_group_size or V))
+    samples_of_tasks = sum(
+        _filled(min(probe.task_samples, task.decide.samples_per_epoch), least * ranks)
+        for task in data.probed_tasks
+    )
+    P = trained.parameters
+    of_slices, of_whole = V * P / ranks, math.ceil(V / groups) * P
+    kept = of_slices if not replicated else of_whole + (of_slices if groups > 1 else 0)
+    limits = [
+        probe.max_tokens,
+        None if probe.max_overhead is None else int(probe.max_overhead * interval_samples * length),
+    ]
+    known = [limit for limit in limits if limit is not None]
+    return ProbePlan(
+        most_tokens=min(known) if probe.precision is not None else None,
+        domains=D,
+        tasks=len(data.deciding_tasks),
+        own_gradients=V - len(data.deciding_tasks),
+        sub_batches=probe.sub_batches,
+        sub_batches_asked=probe.sub_batches,
+        samples_of_tasks=samples_of_tasks,
+        samples_of_sub_batch=D * groups * _filled(probe.sub_batch_samples, step),
+        samples_of_curvature=(
+            D * _filled(probe.sub_batch_samples, least * ranks)
+            if probe.curvature == "squared_gradients"
+            else 0
+        ),
+        least_samples_of_sub_batch=D * groups * step,
+        sequence_length=length,
+        interval_tokens=interval_samples * length,
+        max_overhead=probe.max_overhead,
+        flops_per_token=trained.flops_per_token,
+        gradient_bytes=int(kept * (2 if probe.gradient_dtype == "bf16" else 4)),
+        mode=probe.data_parallel_mode,
+    )
+
+
+def _filled(samples: int, step: int) -> int:
+    """Samples passed when `samples` are to be: full micro-batches on every rank that takes part."""
+    return math.ceil(samples / step) * step

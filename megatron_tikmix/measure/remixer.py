@@ -1,0 +1,326 @@
+"""Remixer: probe, decide, audit, broadcast. Every line of it is reached by every rank."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_tikmix.config import MixtureSections
+from megatron_tikmix.data.builder import TrainingData
+from megatron_tikmix.data.domain_stream import DomainStream
+from megatron_tikmix.decision.audit import LEAST_REPETITIONS, Audit, judge
+from megatron_tikmix.decision.decide import Boundary, Decider, Decision, completed
+from megatron_tikmix.errors import InputError, RolloutError
+from megatron_tikmix.influence.bank import SubBatchBank
+from megatron_tikmix.influence.matrix import InfluenceMatrix
+from megatron_tikmix.measure.probe import InfluenceProbe, ProbeData
+from megatron_tikmix.measure.probe_plan import ProbePlan
+from megatron_tikmix.measure.rollouts import RolloutData, Rollouts, RolloutService
+from megatron_tikmix.measure.shards import OptimizerShards, check_selection
+from megatron_tikmix.megatron.collectives import broadcast_integers
+from megatron_tikmix.megatron.groups import Parallel
+from megatron_tikmix.megatron.step import ForwardBackward
+from megatron_tikmix.mixture.mixture import Mixture
+from megatron_tikmix.seeds import derived_seed
+
+
+class Remixer:
+    """Decides the next interval's mixture.
+
+    Args:
+        probe: measures influence; see there for what it needs of a Megatron loop.
+        decider: the decision itself; used on the main rank only.
+        rollouts: where the configuration asks for any, None otherwise.
+        plan: how many sub-batches of each domain, and how many tokens a probe may take.
+    """
+
+    def __init__(
+        self,
+        probe: InfluenceProbe,
+        decider: Decider,
+        rollouts: Rollouts | None,
+        parallel: Parallel,
+        config: MixtureSections,
+        plan: ProbePlan,
+    ) -> None:
+        self.probe = probe
+        self._plan = plan
+        self._decider = decider
+        self._rollouts = rollouts
+        self._parallel = parallel
+        self._config = config
+
+    def remix(self, at: Boundary) -> Decision:
+        """Decide the mixture of the stage that begins. Collective.
+
+        Call it after an optimizer step and before gradients are accumulated again. It leaves
+        gradient buffers empty, and everything else as it found it.
+
+        Args:
+            at: `prior` and `iteration` are the same on every rank; the main rank needs the rest.
+        """
+        outside = self._config.outside_phase(at.iteration)
+        if outside:
+            return Decision(at.prior, source="kept", reason=outside)
+        with self.probe.open(at.stage) as probe:
+            bank = self._measured(probe, at)
+            cost: dict[str, Any] = {
+                "probe_tokens": probe.tokens,
+                "probe_seconds": probe.seconds,
+                "curvature": probe.curvature,
+            }
+        decision = self._agreed(self._decide(bank, at), at)
+        return replace(self._audited(decision, at), **cost)
+
+    def _measured(self, probe: InfluenceProbe, at: Boundary) -> SubBatchBank:
+        """The planned sub-batches of each domain, and with `probe.precision` what else it takes."""
+        plan, precision, D = self._plan, self._config.probe.precision, len(probe.domains)
+        before = probe.tokens
+        bank = probe.add(np.full(D, plan.sub_batches))
+        if precision is None or plan.most_tokens is None:
+            return bank
+        cost_of_one = (probe.tokens - before) / (D * plan.sub_batches)
+        budget = self._decider.budget(at, precision)
+        while True:
+            more_D = np.zeros(D, dtype=np.int64)
+            if self._parallel.is_main:
+                more_D = budget.more(bank, int((plan.most_tokens - probe.tokens) / cost_of_one))
+            more_D = broadcast_integers(more_D, self._parallel)
+            if not more_D.any():
+                return bank
+            bank = probe.add(more_D)
+
+    def _decide(self, bank: SubBatchBank, at: Boundary) -> Decision | None:
+        """The main rank's decision; None on the others, which take part in its rollouts."""
+        remix, rollout = self._config.remix, self._config.rollout
+        if remix.policy == "tikmix_m" and remix.measure == "rollout":
+            assert self._rollouts is not None
+            service = RolloutService(
+                self._rollouts,
+                seed=derived_seed(self._config.probe.seed, "rollout", at.stage),
+                iters=rollout.iters,
+                repetitions=rollout.repetitions,
+            )
+            decision = service.run(partial(self._decider.decide, bank, at))
+            return decision and replace(decision, rollout=asdict(service.cost))
+        return self._decider.decide(bank, at) if self._parallel.is_main else None
+
+    def _agreed(self, decision: Decision | None, at: Boundary) -> Decision:
+        """The main rank's decision; on the others its mixture alone.
+
+        Decided once: rounding or a library's version must never make two ranks disagree.
+        """
+        names = list(at.prior)
+        integers = (decision.mixture if decision else at.prior).integer_weights()
+        mine = np.array([integers[name] for name in names])
+        weights = broadcast_integers(mine, self._parallel)
+        if decision is not None:
+            return decision
+        return Decision(
+            Mixture.from_integer_weights(dict(zip(names, weights.tolist(), strict=True)))
+        )
+
+    def _audited(self, decision: Decision, at: Boundary) -> Decision:
+        """The decision, after an audit where there is one to make."""
+        config = self._config.audit
+        if not config.enabled or decision.mixture.integer_weights() == at.prior.integer_weights():
+            return decision
+        assert self._rollouts is not None
+        found, objection, failed = None, "", ""
+        try:
+            found = audit(
+                self._rollouts,
+                at.prior,
+                decision.mixture,
+                # What predicts is influence itself, in one unit for all tasks. Of a domain or task
+                # that was not measured nothing was predicted.
+                None
+                if decision.bank is None
+                else completed(
+                    decision.bank.influence_matrix(),
+                    self.probe.domains,
+                    list(self._config.deciding_tasks),
+                ),
+                task_weights={
+                    name: task.weight for name, task in self._config.deciding_tasks.items()
+                },
+                seed=derived_seed(self._config.probe.seed, "audit", at.stage),
+                iters=config.iters,
+                repetitions=config.repetitions,
+                confidence=config.confidence,
+            )
+        except RolloutError as error:  # on every rank alike, and training is as it was
+            objection = failed = f"there was no audit: {error}"
+        if found is not None:
+            decision = replace(decision, audit=found.to_json())
+            objection = found.reason if found.refutes else ""
+        objects = bool(objection) and self._config.remix.require_audit
+        keeps = self._agree_to(objects and not decision.forced)
+        if keeps:
+            reason = f"{decision.reason}; kept all the same: {objection}"
+            return replace(decision, mixture=at.prior, source="kept", reason=reason)
+        if objects:
+            failed = f"followed all the same, as the mixture in force is not allowed: {objection}"
+        return replace(decision, reason=f"{decision.reason}; {failed}") if failed else decision
+
+    def _agree_to(self, mine: bool) -> bool:
+        """The main rank's answer. Collective."""
+        return bool(broadcast_integers(np.array([mine]), self._parallel)[0])
+
+
+def audit(
+    rollouts: Rollouts,
+    old: Mixture,
+    new: Mixture,
+    influence: InfluenceMatrix | None,
+    *,
+    task_weights: Mapping[str, float],
+    seed: int,
+    iters: int,
+    repetitions: int = LEAST_REPETITIONS,
+    confidence: float = 0.95,
+) -> Audit | None:
+    """Paired rollouts of two mixtures against the influence predicted for them. Collective.
+
+    The mixtures must be the same on every rank; only rank 0 needs the influence matrix.
+
+    Args:
+        seed: not that of any rollouts which chose `new`: a choice looks best on its own samples.
+
+    Returns:
+        what was found on rank 0, None on the others.
+
+    Raises:
+        InputError: fewer than 4 repetitions, or a confidence that is none.
+        RolloutError: a rollout failed.
+    """
+    if repetitions < LEAST_REPETITIONS:
+        raise InputError(
+            f"audit: repetitions is {repetitions}; give at least {LEAST_REPETITIONS}, for "
+            f"intervals that mean something"
+        )
+    if not 0 < confidence < 1:
+        raise InputError(f"audit: confidence is {confidence}; it must be between 0 and 1")
+    domains = rollouts.data.domains
+    pair_ND = np.array([_integers(mixture, domains) for mixture in (old, new)])
+    outcomes = rollouts.measure(pair_ND, seed=seed, iters=iters, repetitions=repetitions)
+    if not rollouts.parallel.is_main:
+        return None
+    assert influence is not None, "rank 0 must pass the influence matrix"
+    tasks = rollouts.data.tasks
+    order = np.ix_(
+        [influence.tasks.index(name) for name in tasks],
+        [influence.domains.index(name) for name in domains],
+    )
+    predicted_V = influence.values_VD[order] @ (new.array(domains) - old.array(domains))
+    return judge(tasks, task_weights, predicted_V, outcomes, iters=iters, confidence=confidence)
+
+
+def _integers(mixture: Mixture, domains: Sequence[str]) -> NDArray[np.int64]:
+    integers = mixture.integer_weights()
+    return np.array([integers[name] for name in domains], dtype=np.int64)
+
+
+# Puts a Remixer together: streams, probe, rollouts and decider, from what trains and its data.
+
+
+Progress = Callable[[int, int], None]
+"""Called with (done, in all)."""
+
+
+def make_remixer(
+    config: MixtureSections,
+    data: TrainingData,
+    forward_backward: ForwardBackward,
+    optimizer: Any,
+    scheduler: Any,
+    plan: ProbePlan,
+    *,
+    on_probe: Progress = lambda done, total: None,
+    on_rollout: Progress = lambda done, total: None,
+) -> Remixer:
+    """What measures and decides at a boundary. Collective.
+
+    Args:
+        optimizer: megatron-core's distributed optimizer.
+        scheduler: megatron-core's OptimizerParamScheduler; used by rollouts only.
+        on_probe, on_rollout: told of the passes of a probe, and of the rollouts.
+
+    Raises:
+        InputError: `probe.parameters` selects nothing.
+    """
+    parallel, probe = forward_backward.parallel, config.probe
+
+    length = config.data.sequence_length
+    # One more, from which squared gradients are taken.
+    probed = (plan.sub_batches + 1) * probe.sub_batch_samples
+    if plan.most_tokens is not None:
+        probed = max(probed, plan.most_tokens // length)
+    rolled_out = max(config.rollout.iters, config.audit.iters) * config.train.global_batch_size
+
+    def probe_stream(domain: int, stage: int) -> DomainStream:
+        name = data.names[domain]
+        seed = derived_seed(probe.seed, stage, name)
+        return data.stream(name, seed, length, first_samples=probed)
+
+    def rollout_stream(domain: int, seed: int) -> DomainStream:
+        name = data.names[domain]
+        return data.stream(name, derived_seed(seed, name), length, first_samples=rolled_out)
+
+    check_selection(forward_backward.model, probe.parameters, parallel)
+    shards = OptimizerShards(
+        forward_backward.model,
+        optimizer,
+        parallel.groups,
+        data.manifest.vocab_size,
+        probe.parameters.selects,
+    )
+    probe_data = ProbeData(
+        probe_stream,
+        data.names,
+        data.probed_tasks,
+        sub_batch_samples=probe.sub_batch_samples,
+        task_samples=probe.task_samples,
+        micro_batch_size=config.train.micro_batch_size,
+        data_parallel_rank=parallel.data_parallel_rank,
+        data_parallel_size=parallel.data_parallel_size,
+        microbatch_multiple=forward_backward.microbatch_multiple,
+    )
+    rollouts = None
+    if config.needs_rollouts:
+        rollout_data = RolloutData(
+            rollout_stream,
+            data.names,
+            [task.name for task in data.deciding_tasks],
+            probe_data.of_task,
+            global_batch_size=config.train.global_batch_size,
+            micro_batch_size=config.train.micro_batch_size,
+            data_parallel_rank=parallel.data_parallel_rank,
+            data_parallel_size=parallel.data_parallel_size,
+        )
+        rollouts = Rollouts(
+            forward_backward, optimizer, scheduler, rollout_data, on_progress=on_rollout
+        )
+    return Remixer(
+        InfluenceProbe(
+            forward_backward, optimizer, shards, probe_data, probe, on_progress=on_probe
+        ),
+        build_decider(config, data),
+        rollouts,
+        parallel,
+        config,
+        plan,
+    )
+
+
+def build_decider(config: MixtureSections, data: TrainingData) -> Decider:
+    """What decides at a boundary."""
+    return Decider(
+        config.remix,
+        seed=config.probe.seed,
+        task_weights={name: task.weight for name, task in config.deciding_tasks.items()},
+        samples_per_epoch={stream.name: stream.samples_per_epoch for stream in data.streams},
+    )

@@ -1,0 +1,188 @@
+"""Everything that lets megatron-core run without CUDA. Does nothing where CUDA is there.
+
+megatron-core writes the device into its sources: ``device='cuda'``,
+``torch.cuda.current_device()``, streams, tensor types compared with the string
+``'torch.cuda.FloatTensor'``. :func:`install` puts an import hook in front of the import
+system that rewrites those expressions, and only those, as ``megatron.core`` modules are
+loaded. torch itself is left alone, line numbers stay true, and no file is written.
+
+It must run before the first import of ``megatron.core``; ``megatron_tikmix`` calls it on
+import, and spawned children do with it. Whether CUDA is there is asked only then, so that
+``megatron_tikmix.solve`` can be used without torch.
+
+====================================  =============================================
+in megatron-core                      becomes
+====================================  =============================================
+``torch.cuda.X``                      ``X`` of the stand-in below
+``'cuda'``                            ``'cpu'``
+``'torch.cuda.FloatTensor'``          ``'torch.FloatTensor'``
+``tensor.cuda(...)``                  ``tensor.cpu()``
+``jit_fuser`` (``torch.compile``)     off: compiling costs more than it gives here
+====================================  =============================================
+"""
+
+import ast
+import contextlib
+import functools
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import logging
+import sys
+import types
+from collections.abc import Callable, Sequence
+from typing import Any
+
+_PACKAGE = "megatron.core"
+_STAND_IN = "megatron_tikmix_cuda_stand_in"
+
+
+class _Nothing:
+    """Takes the place of a stream, event or graph: every call does nothing."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return lambda *args, **kwargs: None
+
+    def __enter__(self) -> "_Nothing":
+        return self
+
+    def __exit__(self, *exc: object) -> None: ...
+
+
+def _stand_in() -> types.ModuleType:
+    """A module with the part of ``torch.cuda`` that megatron-core uses, on the CPU.
+
+    Names not listed here are those of ``torch.cuda``: enough for annotations and
+    exception classes; anything that really needs a GPU still fails by its own name.
+    """
+    import torch
+
+    def nothing(*args: Any, **kwargs: Any) -> None: ...
+
+    module = types.ModuleType(_STAND_IN, _stand_in.__doc__)
+    vars(module).update(
+        FloatTensor=torch.FloatTensor,
+        HalfTensor=torch.HalfTensor,
+        BFloat16Tensor=torch.BFloat16Tensor,
+        Stream=_Nothing,
+        Event=_Nothing,
+        nvtx=_Nothing(),
+        random=module,
+        default_generators={torch.device("cpu"): torch.default_generator},
+        get_rng_state=lambda device=None: torch.get_rng_state(),
+        set_rng_state=lambda state, device=None: torch.set_rng_state(state),
+        manual_seed=torch.manual_seed,
+        current_device=functools.partial(torch.device, "cpu"),
+        device_count=lambda: 1,
+        is_available=lambda: False,
+        synchronize=nothing,
+        empty_cache=nothing,
+        set_device=nothing,
+        current_stream=_Nothing,
+        default_stream=_Nothing,
+        device=contextlib.nullcontext,
+        stream=contextlib.nullcontext,
+        _lazy_call=lambda callback, **kwargs: callback(),
+        _lazy_init=nothing,
+        __getattr__=lambda name: getattr(torch.cuda, name),
+    )
+    return module
+
+
+class _Rewriter(ast.NodeTransformer):
+    """Redirects CUDA in one module's syntax tree (see the table above)."""
+
+    def visit_Attribute(self, node: ast.Attribute) -> ast.AST:
+        self.generic_visit(node)
+        if node.attr == "cuda" and isinstance(node.value, ast.Name) and node.value.id == "torch":
+            imported = ast.parse(f"__import__({_STAND_IN!r})", mode="eval").body
+            for child in ast.walk(imported):
+                ast.copy_location(child, node)
+            return imported
+        return node
+
+    def visit_Call(self, node: ast.Call) -> ast.AST:
+        self.generic_visit(node)
+        if isinstance(node.func, ast.Attribute) and node.func.attr == "cuda":
+            node.func.attr = "cpu"
+            node.args, node.keywords = [], []
+        return node
+
+    def visit_Constant(self, node: ast.Constant) -> ast.AST:
+        if node.value == "cuda":
+            node.value = "cpu"
+        elif isinstance(node.value, str) and node.value.startswith("torch.cuda."):
+            node.value = node.value.replace("torch.cuda.", "torch.")
+        return node
+
+    def visit_ImportFrom(self, node: ast.ImportFrom) -> ast.AST:
+        if node.module == "torch.cuda" and node.level == 0:
+            node.module = _STAND_IN
+        return node
+
+
+class _Loader(importlib.machinery.SourceFileLoader):
+    """Loads a megatron-core module from its rewritten source; writes no byte code."""
+
+    def get_code(self, fullname: str) -> types.CodeType:
+        path = self.get_filename(fullname)
+        tree = _Rewriter().visit(ast.parse(self.get_data(path), filename=path))
+        return compile(tree, path, "exec", dont_inherit=True)
+
+    def exec_module(self, module: types.ModuleType) -> None:
+        super().exec_module(module)
+        if module.__name__ == f"{_PACKAGE}.jit":
+            module.disable_jit_fuser()
+
+
+class _Finder(importlib.abc.MetaPathFinder):
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: types.ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if not (fullname == _PACKAGE or fullname.startswith(_PACKAGE + ".")):
+            return None
+        if _cuda_is_there():
+            return None
+        if _STAND_IN not in sys.modules:
+            sys.modules[_STAND_IN] = _stand_in()
+        spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
+        if spec is None or not isinstance(spec.loader, importlib.machinery.SourceFileLoader):
+            return spec
+        return importlib.util.spec_from_file_location(
+            fullname,
+            spec.origin,
+            loader=_Loader(fullname, str(spec.origin)),
+            submodule_search_locations=spec.submodule_search_locations,
+        )
+
+
+def _not_about_the_cpu_generator(record: logging.LogRecord) -> bool:
+    # On the CPU the tracked generator *is* the CPU generator, so this warning says nothing.
+    return "CPU RNG state changed within GPU RNG context" not in record.getMessage()
+
+
+@functools.cache
+def _cuda_is_there() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def install() -> None:
+    """Have megatron-core redirected to the CPU when it is imported. Idempotent.
+
+    Raises:
+        RuntimeError: there is no CUDA, and ``megatron.core`` has been imported already.
+    """
+    if any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        return
+    if _PACKAGE in sys.modules and not _cuda_is_there():
+        raise RuntimeError("import megatron_tikmix before megatron.core: there is no CUDA here")
+    sys.meta_path.insert(0, _Finder())
+    logging.getLogger("megatron.core.tensor_parallel.random").addFilter(
+        _not_about_the_cpu_generator
+    )

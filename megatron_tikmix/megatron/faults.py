@@ -1,0 +1,231 @@
+"""Faults of megatron-core, and what is done about each: in one place, to be dropped once mended.
+
+=============================================  ====================================  ==========
+fault                                          here                                  seen in
+=============================================  ====================================  ==========
+torch's Adam under the distributed optimizer:  :func:`mend_torch_adam`,              0.16 - 0.19
+not loaded into a fresh one, `step` missing,   :func:`unshare_steps`
+and one `step` shared by all parameters
+state of several buckets is saved shifted      :func:`mend_buckets`                  0.16 - 0.19
+an output is freed before its send is done     :func:`settle_pipeline`               0.16
+interleaved stages mix up their messages       :func:`settle_pipeline`               0.16
+the fused cross entropy casts to bf16          refused, ``config/checks.py``         0.16 - 0.19
+results of a save travel through a process     :func:`results_without_a_process`,    0.16 - 0.19
+that imports torch, outlives a killed rank,    :func:`results_past_sigterm`
+and does not outlive SIGTERM
+=============================================  ====================================  ==========
+
+``tests/unit/megatron/test_faults.py`` and ``tests/distributed/test_pipeline_faults.py``
+show them, and fail when one is gone; but for the output that is freed, which is a matter of timing:
+losses were wrong in some runs and right in others.
+"""
+
+import importlib.util
+import inspect
+import queue
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing import resource_tracker
+from pathlib import Path
+from types import MethodType
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing import serialization
+from megatron.core.dist_checkpointing.strategies import common, filesystem_async
+from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+from megatron.core.model_parallel_config import ModelParallelConfig
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from torch.distributed.checkpoint.api import CheckpointException
+
+from megatron_tikmix.errors import InputError
+
+_TORCH_ADAM = (torch.optim.Adam, torch.optim.AdamW)
+
+
+def settle_pipeline(config: ModelParallelConfig) -> None:
+    """Have pipeline stages exchange what they mean to; before `config.__post_init__`.
+
+    With `overlap_p2p_comm` an output is freed before its send is waited for. Interleaved without
+    overlap, two stages mix up their messages: losses are wrong, and nothing says so. Overlapping
+    is also what Megatron does unless told otherwise.
+    """
+    config.deallocate_pipeline_outputs = False
+    if config.virtual_pipeline_model_parallel_size:
+        config.overlap_p2p_comm, config.batch_p2p_comm = True, False
+
+
+@contextmanager
+def results_without_a_process() -> Iterator[None]:
+    """Let a save that runs in this process keep its results here; around `dist_checkpointing.save`.
+
+    megatron-core sends them through the server process of a multiprocessing manager, which a save
+    in the background does need. It is spawned, so it imports torch anew, for seconds, and it stays
+    behind for good when its rank is killed.
+    """
+    former = vars(filesystem_async).get("_results_queue")
+    setattr(filesystem_async, "_results_queue", queue.Queue())  # noqa: B010
+    try:
+        yield
+    finally:
+        setattr(filesystem_async, "_results_queue", former)  # noqa: B010
+
+
+@contextmanager
+def results_past_sigterm() -> Iterator[None]:
+    """Let a save in the background keep its results when SIGTERM reaches all processes of a job;
+    around `dist_checkpointing.save`.
+
+    A run that is told to end still waits for such a save. The process that holds its results is
+    started by the first one, and takes over which signals are blocked.
+    """
+    resource_tracker.ensure_running()  # started with that process, it would unblock the signal
+    former = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, former)
+
+
+def mend_torch_adam(optimizer: MegatronOptimizer) -> None:
+    """Make checkpoints of the distributed optimizer work over plain torch Adam.
+
+    Without Apex and Transformer Engine megatron-core falls back on torch's AdamW, whose state
+    holds a `step` for each parameter. megatron-core 0.16 to 0.19 then fails to load into a
+    fresh optimizer (there is no state yet), misses the key `step`, and shares one step tensor
+    between all parameters, so that it would advance once per parameter after a resume. Call
+    this before loading; :func:`unshare_steps` after.
+    """
+    for part in _parts(optimizer):
+        if not isinstance(part.optimizer, _TORCH_ADAM):
+            continue
+        if not part.optimizer.state:
+            part._init_optimizer_states_with_dummy_values()
+        part._set_main_param_and_optimizer_states = MethodType(_set_states, part)
+
+
+def _set_states(
+    self: DistributedOptimizer, parameter: torch.nn.Parameter, tensors: dict[str, torch.Tensor]
+) -> None:
+    step = self._get_main_param_and_optimizer_states(parameter)["step"]
+    DistributedOptimizer._set_main_param_and_optimizer_states(
+        self, parameter, {"step": step, **tensors}
+    )
+
+
+def unshare_steps(optimizer: MegatronOptimizer) -> None:
+    """Give each parameter its own step count again (see :func:`mend_torch_adam`)."""
+    for part in _parts(optimizer):
+        if isinstance(part.optimizer, _TORCH_ADAM):
+            for state in part.optimizer.state.values():
+                state["step"] = state["step"].clone()
+
+
+def mend_buckets(optimizer: MegatronOptimizer) -> None:
+    """Make checkpoints of the distributed optimizer right when a buffer has several buckets.
+
+    `fully_reshardable` cuts each parameter's state out of one tensor a buffer. megatron-core 0.16
+    makes that tensor without the padding between buckets, and cuts it at places that count the
+    padding: all parameters behind the first padded bucket are saved shifted, without a word, and
+    a resumed run goes on with wrong weights. Buckets are several with `ddp.overlap_grad_reduce`,
+    with tied embeddings on pipeline stages, and with interleaved stages. Call this before saving.
+    """
+    for part in _parts(optimizer):
+        part.get_parameter_state_dp_zero = MethodType(_state_with_padding, part)
+
+
+def _state_with_padding(self: DistributedOptimizer, **options: Any) -> Any:
+    state = DistributedOptimizer.get_parameter_state_dp_zero(self, **options)
+    for index, buffer in enumerate(self.buffers if state else ()):
+        for tensors in state[index].values():
+            for key in ("param", "exp_avg", "exp_avg_sq"):
+                if key in tensors and len(tensors[key]) == buffer.numel_unpadded:
+                    tensors[key] = _padded(tensors[key], buffer)
+    return state
+
+
+def _padded(packed: torch.Tensor, buffer: Any) -> torch.Tensor:
+    """One value for each place of the buffer, from those of all buckets without padding."""
+    whole = packed.new_zeros(buffer.numel)
+    parts = packed.split([bucket.numel_unpadded for bucket in buffer.buckets])
+    for bucket, part in zip(buffer.buckets, parts, strict=True):
+        whole[bucket.offset : bucket.offset + len(part)] = part
+    return whole
+
+
+def _parts(optimizer: MegatronOptimizer) -> list[DistributedOptimizer]:
+    parts = getattr(optimizer, "chained_optimizers", [optimizer])
+    return [part for part in parts if not part.is_stub_optimizer]
+
+
+# Whether the package `apex`, if there is one, is the one that megatron-core takes it for.
+
+
+def check_apex() -> None:
+    """Refuse an `apex` that megatron-core could not use, before megatron-core imports it.
+
+    It takes any importable `apex` for NVIDIA's, and fails over it while the model is built, or at
+    once if it is PyPI's `apex`, an unrelated project of Python 2. Nothing is imported here.
+
+    Raises:
+        InputError: says which package it is, and what to do.
+    """
+    folders = _folders("apex")
+    if folders is None:
+        return
+    where = folders[0] if folders else "this environment"
+    if not any(Path(folder, "optimizers", "fused_adam.py").is_file() for folder in folders):
+        raise InputError(
+            f"the package apex in {where} is not NVIDIA's Apex (on PyPI that name belongs to an "
+            f"unrelated project), and megatron-core would take it for that; pip uninstall apex, or "
+            f"start where there is no folder apex"
+        )
+    if _folders("amp_C") is None:
+        raise InputError(
+            f"NVIDIA's Apex in {where} was built without its CUDA extensions (there is no amp_C), "
+            f"and megatron-core would fail with it; build it with them, or pip uninstall apex"
+        )
+
+
+def _folders(name: str) -> list[str] | None:
+    """Where a top-level package lies; empty for a plain module, None if there is none."""
+    module = sys.modules.get(name)
+    if module is not None:
+        return list(getattr(module, "__path__", []))
+    spec = importlib.util.find_spec(name)
+    return None if spec is None else list(spec.submodule_search_locations or [])
+
+
+# What differs between the versions of megatron-core that setup.py allows, in one place.
+
+
+__all__ = ["CheckpointException", "options_of_an_asynchronous_save", "writes_of_one_rank"]
+
+
+def writes_of_one_rank() -> list[tuple[Any, str]]:
+    """What writes files of a checkpoint on rank 0 alone: (owner, name) of each function.
+
+    0.16 writes what is no tensor into `common.pt` by a strategy; later versions write it with the
+    tensors, on every rank.
+    """
+    places: list[tuple[Any, str]] = [
+        (FileSystemWriterAsync, "finish"),
+        (serialization, "save_config"),
+    ]
+    strategy = getattr(common, "TorchCommonSaveStrategy", None)
+    if strategy is not None:
+        places.insert(0, (strategy, "save_common"))
+    return places
+
+
+def options_of_an_asynchronous_save() -> dict[str, Any]:
+    """For `dist_checkpointing.save`, so that it takes megatron-core's own writer.
+
+    From 0.17 on it would take that of nvidia-resiliency-ext, which need not be installed.
+    """
+    parameters = inspect.signature(dist_checkpointing.save).parameters
+    return {"async_strategy": "mcore"} if "async_strategy" in parameters else {}

@@ -1,0 +1,285 @@
+"""One forward-backward pass over micro-batches, and one optimizer step."""
+
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from megatron_tikmix.data.samples import DocumentBoundaries, Sample
+from megatron_tikmix.megatron.collectives import max_over_ranks
+from megatron_tikmix.megatron.groups import Parallel
+
+LossSums = list[dict[str, torch.Tensor]]
+"""What the schedule returns: one dict of a micro-batch, on the last pipeline stage only."""
+
+
+def forward_step(
+    data_iterator: Iterator[Sample],
+    model: torch.nn.Module,
+    boundaries: DocumentBoundaries | None = None,
+) -> tuple[torch.Tensor, Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, dict]]]:
+    """megatron-core's `forward_step_func`: the model's output, and the function of its loss.
+
+    Args:
+        boundaries: what documents in one sample are to each other; bind it before.
+    """
+    device = next(model.parameters()).device
+    batch = {k: v.to(device, non_blocking=True) for k, v in next(data_iterator).items()}
+    if boundaries is not None:
+        batch = boundaries.applied(batch)
+    mask = batch.get("attention_mask")
+    losses = model(batch["tokens"], batch["position_ids"], mask, labels=batch["labels"])
+    return losses, partial(loss_sums, batch["loss_mask"], batch.get("domain"))
+
+
+def loss_sums(
+    loss_mask: torch.Tensor, domain: torch.Tensor | None, losses: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    """Summed loss and unmasked tokens of a micro-batch, as megatron-core wants them.
+
+    Sums, not means: megatron-core divides by the tokens of the whole global batch
+    (`calculate_per_token_loss`), so that every token weighs the same however ragged the rows.
+
+    Args:
+        loss_mask: 1 where a token counts, float (micro_batch_size, sequence_length).
+        domain: each row's domain, int64 (micro_batch_size,); None when nobody asks.
+        losses: nats per token, (micro_batch_size, sequence_length).
+    """
+    losses = losses.float() * loss_mask
+    rows = {"loss": losses.detach().sum(dim=1), "tokens": loss_mask.sum(dim=1)}
+    if domain is not None:
+        rows["domain"] = domain
+    return losses.sum(), loss_mask.sum().to(torch.int), rows
+
+
+@dataclass
+class ForwardBackward:
+    """Runs micro-batches through megatron-core's schedule for this layout."""
+
+    model: list[DistributedDataParallel]
+    parallel: Parallel
+    micro_batch_size: int
+    sequence_length: int
+    forward_step_func: Callable[..., Any] = forward_step
+    _schedule: Callable[..., LossSums] = field(init=False)
+
+    def __post_init__(self) -> None:
+        config = self.model[0].config
+        self._schedule = get_forward_backward_func(
+            pp_size=self.parallel.groups.pp.size(),
+            vp_size=config.virtual_pipeline_model_parallel_size,
+        )
+
+    @property
+    def microbatch_multiple(self) -> int:
+        """What the number of micro-batches of a pass must be a multiple of."""
+        return self.parallel.groups.pp.size() if len(self.model) > 1 else 1
+
+    def __call__(
+        self,
+        micro_batches: Iterator[Sample] | list[Sample],
+        num_microbatches: int,
+        *,
+        forward_only: bool = False,
+    ) -> LossSums:
+        """Forward, and unless `forward_only` backward and the reduction of gradients.
+
+        Afterwards each parameter's `main_grad` holds this rank's shard of the mean gradient
+        per unmasked token, over all micro-batches and data-parallel ranks.
+        """
+        # An interleaved schedule reads each chunk's inputs on its own.
+        chunks = len(self.model)
+        if chunks > 1:
+            batches = list(itertools.islice(micro_batches, num_microbatches))
+            iterator: Any = [iter(batches) for _ in range(chunks)]
+        else:
+            iterator = iter(micro_batches)
+        result: LossSums = self._schedule(
+            forward_step_func=self.forward_step_func,
+            data_iterator=iterator,
+            model=self.model if chunks > 1 else self.model[0],
+            num_microbatches=num_microbatches,
+            seq_length=self.sequence_length,
+            micro_batch_size=self.micro_batch_size,
+            forward_only=forward_only,
+        )
+        return result
+
+
+def connect(model: list[DistributedDataParallel], optimizer: MegatronOptimizer) -> None:
+    """Tell megatron-core's schedule how to finish gradients (the hooks its config holds)."""
+    config = model[0].config
+    config.finalize_model_grads_func = finalize_model_grads
+    config.grad_scale_func = optimizer.scale_loss
+    if model[0].ddp_config.overlap_grad_reduce:
+        no_sync = [chunk.no_sync for chunk in model]
+        config.no_sync_func = no_sync if len(model) > 1 else no_sync[0]
+        if model[0].ddp_config.align_param_gather:
+            starts = [chunk.start_grad_sync for chunk in model]
+            config.grad_sync_func = starts if len(model) > 1 else starts[0]
+
+
+@contextmanager
+def summed_gradients(model: list[DistributedDataParallel], *, reduced: bool) -> Iterator[None]:
+    """Let a pass leave gradients summed over tokens, where training takes their mean.
+
+    Enter it after the gradient buffers were emptied. Gradients that are not finite are the
+    caller's business: megatron-core does not end the job over them here. However training itself
+    weighs tokens, here each counts the same.
+
+    Args:
+        reduced: sum over data-parallel ranks too, into this rank's shard, as in training. False:
+            each data-parallel rank is left with the whole gradient of its own micro-batches,
+            and they exchange nothing; what tensor- and pipeline-parallel ranks owe each other
+            (norms under sequence parallelism, tied embeddings) is done all the same.
+    """
+    config = model[0].config
+    with ExitStack() as stack:
+        for chunk in model:
+            for place, values in _for_sums(chunk):
+                stack.enter_context(_set(place, **values))
+        stack.enter_context(_set(config, finalize_model_grads_func=_finalize_sums))
+        if not reduced:
+            stack.enter_context(_set(config, no_sync_func=None, grad_sync_func=None))
+            for chunk in model:
+                stack.enter_context(chunk.no_sync())  # nothing is sent during the backward pass,
+                chunk.finish_grad_sync = _nothing  # and nothing after it
+                stack.callback(delattr, chunk, "finish_grad_sync")
+        yield
+
+
+def _finalize_sums(
+    model: list[DistributedDataParallel], num_tokens: torch.Tensor | None, **groups: Any
+) -> None:
+    finalize_model_grads(model, None, **groups)  # without tokens it does not divide by them
+
+
+def _for_sums(chunk: DistributedDataParallel) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """What of a chunk has to be otherwise while gradients are summed, and how.
+
+    Loops that are not ours may take means: over tokens of a micro-batch and micro-batches in the
+    schedule (without `calculate_per_token_loss`), over ranks in the gradient buckets.
+    """
+    yield chunk.config, {"calculate_per_token_loss": True}
+    off = ("check_for_nan_in_grad", "check_for_large_grads", "average_in_collective")
+    yield chunk.ddp_config, dict.fromkeys(off, False)
+    for group in chunk.bucket_groups:
+        for bucket in group.buckets:
+            yield bucket, {"gradient_scaling_factor": 1.0}
+
+
+@contextmanager
+def _set(place: Any, **values: Any) -> Iterator[None]:
+    """With these attributes; as they were afterwards."""
+    former = {name: getattr(place, name) for name in values}
+    vars(place).update(values)
+    try:
+        yield
+    finally:
+        vars(place).update(former)
+
+
+def _nothing(**arguments: Any) -> None: ...
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step reports; `loss_sums` is empty off the last pipeline stage."""
+
+    loss_sums: LossSums
+    grad_norm: float | None
+    learning_rate: float
+    skipped: bool
+
+
+def zero_gradients(model: list[DistributedDataParallel], optimizer: MegatronOptimizer) -> None:
+    """Empty the gradient buffers before a new accumulation."""
+    for chunk in model:
+        chunk.zero_grad_buffer()
+    optimizer.zero_grad()
+
+
+def gradient_is_lost(model: list[DistributedDataParallel]) -> bool:
+    """Whether this rank's gradient buffers hold anything that is not finite."""
+    for chunk in model:
+        for buffer in chunk.buffers + chunk.expert_parallel_buffers:
+            # One reading pass, and no copy: NaN and infinity both end up in the largest entry.
+            if not torch.linalg.vector_norm(buffer.grad_data, ord=torch.inf).isfinite():
+                return True
+    return False
+
+
+def train_step(
+    forward_backward: ForwardBackward,
+    micro_batches: Iterator[Sample],
+    num_microbatches: int,
+    optimizer: MegatronOptimizer,
+    scheduler: OptimizerParamScheduler,
+    global_batch_size: int,
+) -> StepResult:
+    """Gradients of one global batch, one optimizer step, one step of the schedule. Collective.
+
+    If a gradient is not finite on any rank, nothing is updated on any: the result says `skipped`,
+    and its `grad_norm` is NaN.
+    """
+    zero_gradients(forward_backward.model, optimizer)
+    sums = forward_backward(micro_batches, num_microbatches)
+    learning_rate = optimizer.param_groups[0]["lr"]
+    lost = gradient_is_lost(forward_backward.model)
+    if max_over_ranks(float(lost), forward_backward.parallel) > 0:
+        return StepResult(sums, math.nan, learning_rate, skipped=True)
+    updated, grad_norm, _ = optimizer.step()
+    if updated:
+        scheduler.step(increment=global_batch_size)
+    return StepResult(sums, grad_norm, learning_rate, skipped=not updated)
+
+
+@contextmanager
+def gathered_parameters(model: list[DistributedDataParallel]) -> Iterator[None]:
+    """Parameters whole: with `overlap_param_gather` they are not until the next forward pass."""
+    gathers_late = [chunk for chunk in model if chunk.ddp_config.overlap_param_gather]
+    for chunk in gathers_late:
+        chunk.disable_forward_pre_hook(param_sync=True)
+    try:
+        yield
+    finally:
+        for chunk in gathers_late:
+            chunk.enable_forward_pre_hook()
+
+
+@contextmanager
+def evaluation_mode(model: list[DistributedDataParallel]) -> Iterator[None]:
+    """Dropout off and parameters whole; every module's mode as it was at the end.
+
+    Draws no random number, so training goes on as if nothing had happened.
+    """
+    with gathered_parameters(model):
+        modes = [(module, module.training) for chunk in model for module in chunk.modules()]
+        for chunk in model:
+            chunk.eval()
+        try:
+            yield
+        finally:
+            for module, training in modes:
+                module.training = training
+
+
+def loss_and_tokens(sums: LossSums, parallel: Parallel) -> torch.Tensor:
+    """Summed loss and unmasked tokens of this rank's micro-batches, float64 (2,).
+
+    Zero on all but one rank of each model replica, so a sum over ranks counts once.
+    """
+    total = torch.zeros(2, dtype=torch.float64)
+    if parallel.reports_loss:
+        for rows in sums:
+            total += torch.stack([rows["loss"].double().sum(), rows["tokens"].double().sum()]).cpu()
+    return total

@@ -1,0 +1,264 @@
+"""The head of the report: the run in a paragraph, and in a row of figures."""
+
+from typing import Any
+
+import numpy as np
+
+from megatron_tikmix.errors import InputError
+from megatron_tikmix.monitoring.files import Row, RunFiles
+from megatron_tikmix.monitoring.history import RunHistory
+from megatron_tikmix.monitoring.words import (
+    Influence,
+    cost_in_words,
+    moves,
+    number,
+    percent,
+    sentence,
+)
+
+
+def in_words(history: RunHistory) -> str:
+    """The run so far, in a few sentences."""
+    return " ".join(
+        filter(None, [_model(history), _mixture(history), _losses(history), _probe(history)])
+    )
+
+
+def _model(history: RunHistory) -> str:
+    layers = history.setting("model", "num_layers")
+    hidden = history.setting("model", "hidden_size")
+    size = f" of {layers} layers and hidden size {hidden}" if layers and hidden else ""
+    planned = history.setting("train", "train_iters")
+    of_planned = f" of {planned:,}" if isinstance(planned, int) else ""
+    return f"A GPT{size}, trained for {history.iteration:,}{of_planned} iterations."
+
+
+def _mixture(history: RunHistory) -> str:
+    if len(history.stages) < 2:
+        return "The mixture has not been reconsidered yet."
+    resets = len(history.stages) - 1
+    kept = sum(row.get("source") == "kept" for row in history.stages)
+    words = f"The mixture was reconsidered at {resets} boundar{'y' if resets == 1 else 'ies'}"
+    words += f", and kept at {kept} of them." if kept else "."
+    first, last = history.stages[0]["weights"], history.stages[-1]["weights"]
+    largest = [move.in_words() for move in moves(first, last)[:3] if move.change]
+    return words + (f" What moved most since the start: {'; '.join(largest)}." if largest else "")
+
+
+def _losses(history: RunHistory) -> str:
+    means = list(history.mean_task_loss.items())
+    if len(means) < 2:
+        return ""
+    (start, first), (end, last) = means[0], means[-1]
+    return (
+        f"The mean loss over {len(history.task_losses[end])} tasks went from {number(first)} "
+        f"(iteration {start:,}) to {number(last)} (iteration {end:,})."
+    )
+
+
+def _probe(history: RunHistory) -> str:
+    if not history.measured or history.probe_token_share is None:
+        return ""
+    return (
+        f"Measuring influence took {percent(history.probe_token_share)} of all tokens processed "
+        f"and {percent(history.probe_time_share)} of the time."
+    )
+
+
+# What one asks of a run, answered as plain values: for tables on the terminal, and for JSON.
+#
+# Every answer is made from the run directory alone, at any moment of the run. Numbers that are not
+# known are None.
+
+
+Answer = dict[str, Any]
+PLACES = ("run_dir", "baseline")
+
+
+def open_run(run_dir: str) -> RunHistory:
+    """The run in this directory.
+
+    Raises:
+        InputError: there is none, it has no stage of a mixture yet, or a file of it is damaged.
+    """
+    history = RunHistory(RunFiles(run_dir))
+    if not history.stages:
+        raise InputError(
+            f"{run_dir} has no mixture.jsonl with a stage in it: give a run's run_dir, or wait "
+            "until its training has begun"
+        )
+    for row in history.stages:
+        missing = {"weights", "start_iteration", "start_sample"} - set(row)
+        if missing:
+            raise InputError(
+                f"{run_dir}/mixture.jsonl: stage {row['stage']} has no {sorted(missing)[0]}; this "
+                "is not a ledger that training wrote"
+            )
+    return history
+
+
+def summary(history: RunHistory) -> Answer:
+    """Where the run is, what its mixture did at each boundary, and what that cost."""
+    return {
+        "words": in_words(history),
+        "iteration": history.iteration,
+        "iterations": history.setting("train", "train_iters"),
+        "tokens": tokens(history, history.samples),
+        "domains": len(history.domains),
+        "task_losses": {str(at): losses for at, losses in history.task_losses.items()},
+        "mean_task_loss": {str(at): mean for at, mean in history.mean_task_loss.items()},
+        "probe_token_share": history.probe_token_share,
+        "probe_time_share": history.probe_time_share,
+        "boundaries": [_boundary(history, k) for k in range(1, len(history.stages))],
+    }
+
+
+def _boundary(history: RunHistory, k: int) -> Answer:
+    former, row = history.stages[k - 1], history.stages[k]
+    moved = [move for move in moves(former["weights"], row["weights"]) if move.change]
+    return {
+        "stage": row["stage"],
+        "iteration": row["start_iteration"],
+        "source": row.get("source"),
+        "reason": sentence(row.get("reason")),
+        "total_variation": row.get("total_variation"),
+        "total_variation_noise": row.get("total_variation_noise"),
+        "largest_moves": [
+            {"domain": move.domain, "before": move.before, "after": move.after}
+            for move in moved[:3]
+        ],
+        "cost": cost_in_words(row),
+    }
+
+
+def mixture(history: RunHistory) -> Answer:
+    """Every domain's weight in each stage, and what was drawn from it; the last weight's order."""
+    drawn_D, epochs_D = history.samples_KD.sum(axis=0), history.epochs_KD.sum(axis=0)
+    return {
+        "stages": [row["stage"] for row in history.stages],
+        "iterations": [row["start_iteration"] for row in history.stages],
+        "domains": [
+            {
+                "domain": name,
+                "weights": history.weights_KD[:, d].tolist(),
+                "samples": drawn_D[d],
+                "tokens": tokens(history, drawn_D[d]),
+                "epochs": known(epochs_D[d]),
+            }
+            for d, name in enumerate(history.domains)
+        ],
+    }
+
+
+def influence(history: RunHistory, stage: int | None = None) -> Answer:
+    """The matrix that was measured before a stage (None: the last measured one).
+
+    Raises:
+        InputError: nothing was measured there; the stages that have a matrix are named.
+    """
+    row, matrix = measured(history, stage)
+    noise_VD = matrix.is_noise()
+    return {
+        "stage": row["stage"],
+        "iteration": row["start_iteration"],
+        "curvature": row.get("curvature"),
+        "tasks": [
+            {
+                "task": task,
+                "domains": {
+                    domain: {
+                        "influence": known(matrix.values_VD[v, d]),
+                        "standard_error": known(matrix.errors_VD[v, d]),
+                        "within_noise": bool(noise_VD[v, d]),
+                    }
+                    for d, domain in enumerate(matrix.domains)
+                },
+            }
+            for v, task in enumerate(matrix.tasks)
+        ],
+    }
+
+
+def measured(history: RunHistory, stage: int | None) -> tuple[Row, Influence]:
+    """A stage's row and the matrix measured before it.
+
+    Raises:
+        InputError: as :func:`influence`.
+    """
+    found = {row["stage"]: (row, matrix) for row, matrix in history.measured}
+    if not found:
+        raise InputError("no boundary of this run has measured influence yet")
+    if stage is None:
+        return found[max(found)]
+    if stage not in found:
+        listed = ", ".join(map(str, found))
+        raise InputError(f"--stage {stage}: no influence was measured before it; try {listed}")
+    return found[stage]
+
+
+def compare(first: RunHistory, second: RunHistory) -> Answer:
+    """Two runs: task losses after equally many samples, last mixtures, cost, and settings.
+
+    Differences are second minus first: a negative one of a loss speaks for the second run.
+    """
+    losses = [_losses_by_samples(history) for history in (first, second)]
+    common = sorted(losses[0].keys() & losses[1].keys())
+    rows = []
+    for samples in common:
+        a, b = losses[0][samples], losses[1][samples]
+        rows.append(
+            {
+                "samples": samples,
+                "tokens": tokens(first, samples),
+                "tasks": {
+                    task: {"first": a[task], "second": b[task], "difference": _minus(b, a, task)}
+                    for task in a
+                    if task in b
+                },
+            }
+        )
+    last = [history.stages[-1]["weights"] for history in (first, second)]
+    moved = moves(*last)
+    weights = [
+        {"domain": move.domain, "first": move.before, "second": move.after} for move in moved
+    ]
+    return {
+        "losses": rows,
+        "weights": weights,
+        "total_variation": sum(abs(move.change) for move in moved) / 2,
+        "probe_token_share": [run.probe_token_share for run in (first, second)],
+        "settings": _different("", first.config, second.config),
+    }
+
+
+def _losses_by_samples(history: RunHistory) -> dict[int, dict[str, float]]:
+    """Losses of each task by the samples trained on when they were measured."""
+    samples: dict[int, int]
+    samples = {row["start_iteration"]: row["start_sample"] for row in history.stages}
+    samples |= {row["iteration"]: row["consumed_samples"] for row in history.metrics}
+    return {samples[at]: losses for at, losses in history.task_losses.items()}
+
+
+def _minus(a: dict[str, float], b: dict[str, float], task: str) -> float | None:
+    return None if a[task] is None or b[task] is None else a[task] - b[task]
+
+
+def _different(path: str, a: Any, b: Any) -> list[Answer]:
+    """Settings that differ, by their dotted name, but for those that say where things are."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        found = []
+        for key in dict.fromkeys([*a, *b]):
+            found += _different(f"{path}.{key}".lstrip("."), a.get(key), b.get(key))
+        return found
+    return [{"setting": path, "first": a, "second": b}] if a != b and path not in PLACES else []
+
+
+def tokens(history: RunHistory, samples: float) -> float | None:
+    """Tokens of so many samples; None where the length of one is not known."""
+    length = history.sequence_length
+    return None if length is None else samples * length
+
+
+def known(value: float) -> float | None:
+    """`value`, or None if it is not a finite number."""
+    return float(value) if np.isfinite(value) else None

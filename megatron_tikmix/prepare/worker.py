@@ -1,0 +1,39 @@
+"""What a worker process does: it holds one tokenizer, and writes the parts that it is given."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from megatron_tikmix.errors import InputError
+from megatron_tikmix.prepare.parts import Encoding, PartWriter
+from megatron_tikmix.prepare.readers import Part
+
+_writer: PartWriter
+_done: Any  # bytes that all workers have done, a shared integer with a lock
+
+
+def begin(encoding: Encoding, threads: int, done: Any) -> None:
+    """Once in every process, before its first part."""
+    global _writer, _done
+    limit_threads(threads)
+    _writer, _done = PartWriter(encoding, threads), done
+
+
+def write(part: Part, prefix: Path) -> str | None:
+    """Write a part; what is wrong with it, if anything, as a sentence."""
+
+    def advance(count: int) -> None:
+        with _done.get_lock():
+            _done.value += count
+
+    try:
+        _writer.write(part, prefix, advance)
+    except InputError as error:
+        return str(error)
+    return None
+
+
+def limit_threads(threads: int) -> None:
+    """How many threads this process may encode with; read when it first does."""
+    os.environ["RAYON_NUM_THREADS"] = str(threads)
+    os.environ["TOKENIZERS_PARALLELISM"] = "true"

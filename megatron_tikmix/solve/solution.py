@@ -1,0 +1,73 @@
+"""What a solver returns: the mixture and how it came about."""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from megatron_tikmix.mixture.mixture import Mixture
+from megatron_tikmix.solve.certificate import Certificate
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixtureSolution:
+    """A mixture, and why it was chosen.
+
+    objective = α·uniformity − β·gain − γ·diversity; :class:`Objective` defines the parts.
+    Gains per task are in units of normalised rows: the mixture's influence on a task over the
+    largest |influence| that any single domain has on it. They lie between −1 and 1, and are 0
+    for a task on which no domain has any.
+    """
+
+    mixture: Mixture
+
+    status: Literal["solved", "fallback"]
+    """`solved`: certified, or found by TiKMiX-M. `fallback`: the nearest mixture to the prior
+    within the hard constraints (the prior itself, if it keeps them), for the `reason` given."""
+
+    reason: str
+    """In words: why the fallback, and which constraint had to give way; empty if there is nothing
+    to say."""
+
+    objective: float
+    uniformity: float
+    gain: float
+    diversity: float
+
+    effective_domains: float
+    """exp(entropy) of the mixture."""
+
+    gain_before: dict[str, float]
+    """By task, under the prior."""
+
+    gain_after: dict[str, float]
+    """By task, under the mixture."""
+
+    total_variation: float
+    """Of the mixture from the prior."""
+
+    prior_violation: float
+    """By how much the prior breaks the hard constraint that it keeps worst; 0 if it keeps all."""
+
+    active_constraints: list[str]
+    """Those met with equality: `lower:<domain>`, `upper:<domain>`, `fixed:<domain>`,
+    `max_epochs:<domain>`, `group_lower:<group>`, `group_upper:<group>`, `total_variation`,
+    `pareto:<task>`."""
+
+    certificate: Certificate | None
+    """Of the mixture: feasible, and how far from the optimum at most; None for a fallback, and for
+    TiKMiX-M, whose outcomes are predicted."""
+
+    solver: str
+    """`slsqp` or `clarabel`, whichever found the mixture (for a fallback, was tried last);
+    `dirichlet` for TiKMiX-M's search."""
+
+    solver_message: str
+    iterations: int
+
+    details: dict[str, Any] = field(default_factory=dict)
+    """What only one method has to tell, as plain values."""
+
+    solve_seconds: float = field(compare=False)
+
+    def to_json(self) -> dict[str, Any]:
+        """All fields as plain values."""
+        return asdict(self) | {"mixture": self.mixture.to_json()}

@@ -1,0 +1,267 @@
+"""Build everything, train, tear down."""
+
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+from megatron_tikmix.config import MixtureSections, RunConfig, launched_world
+from megatron_tikmix.data.builder import TrainingData
+from megatron_tikmix.data.dataset import BlendedDataset, DataParallelLoader
+from megatron_tikmix.errors import InputError, TrainingError
+from megatron_tikmix.measure.probe_plan import ProbePlan, plan_probe
+from megatron_tikmix.measure.remixer import Remixer, build_decider, make_remixer
+from megatron_tikmix.megatron.collectives import agree_on_input, left_alone
+from megatron_tikmix.megatron.groups import Parallel, initialize, shut_down
+from megatron_tikmix.megatron.model import build_model, kernels_in_use
+from megatron_tikmix.megatron.optimizer import build_optimizer, build_scheduler
+from megatron_tikmix.megatron.step import ForwardBackward, connect, forward_step
+from megatron_tikmix.training.checkpoint import Checkpointer, fingerprint
+from megatron_tikmix.training.loop import Run, train
+from megatron_tikmix.training.plan import describe
+from megatron_tikmix.training.record import Recorder
+from megatron_tikmix.training.state import TrainState
+from megatron_tikmix.training.stopping import SignalWatch, Stopping
+
+Made = TypeVar("Made")
+
+# How megatron-core refuses a configuration.
+_REFUSALS = (ValueError, AssertionError, RuntimeError, TypeError, ImportError)
+
+
+def pretrain(config: RunConfig, resolved: str) -> None:
+    """Run `config` on the ranks that were launched; `resolved` is its YAML, for the record.
+
+    SIGTERM, SIGINT, `train.exit_interval` and `train.exit_duration_in_mins` end it early, with a
+    checkpoint that a run in the same directory goes on from.
+
+    Raises:
+        InputError: the configuration or the data cannot be trained on; nothing was trained.
+        TrainingError: training cannot go on.
+    """
+    started = time.monotonic()
+    rank, _, world_size = launched_world()
+    config.check(world_size)
+    if config.dry_run:
+        if rank == 0:
+            print(describe(config, world_size, load_data(config)))
+        return
+    parallel = initialize(
+        config.model, config.seed, config.timeout_minutes, config.decision_timeout_minutes
+    )
+    try:
+        data = together(parallel, lambda: load_data(config))
+        recorder = Recorder(config, resolved, parallel)
+        together(parallel, recorder.open_folder)
+        run = build(config, data, recorder, parallel)
+
+        def begin() -> None:
+            # Told by the main rank alone, and it times a product for it.
+            plan = ""
+            if parallel.is_main:
+                kernels = kernels_in_use(run.forward_backward.model, run.optimizer)
+                plan = f"{describe(config, world_size, data)}\n{'kernels':<12} {kernels}"
+            recorder.begin(plan, run.state)
+
+        together(parallel, begin)
+        with SignalWatch() as signals:
+            run.stopping = Stopping(config.train, parallel, signals, started)
+            try:
+                train(run)
+            except (InputError, TrainingError):
+                raise
+            except RuntimeError as error:
+                alone = left_alone(error, run.place, parallel)
+                if alone is None:
+                    raise
+                raise alone from error
+            finally:
+                recorder.close()
+        recorder.finish(run.stop_reason, run.state.iteration)
+    finally:
+        shut_down()
+
+
+def load_data(config: MixtureSections) -> TrainingData:
+    """The domains, tasks and samples; checked against what a boundary will decide.
+
+    Raises:
+        InputError: data that cannot be trained on, or constraints that it does not fit.
+    """
+    data = TrainingData(config)
+    data.check_repetition(config)
+    if config.decides and config.remix.interval_samples is not None:
+        build_decider(config, data).check(
+            data.initial_schedule().mixture(0), config.remix.interval_samples
+        )
+    return data
+
+
+def together(
+    parallel: Parallel, make: Callable[[], Made], refusals: tuple[type[Exception], ...] = ()
+) -> Made:
+    """`make()` on every rank, or a refusal on every rank if it is refused on one. Collective.
+
+    Raises:
+        InputError: the first rank's refusal.
+    """
+    made: list[Made] = []
+    problem = None
+    try:
+        made.append(make())
+    except InputError as error:
+        problem = error
+    except refusals as error:
+        text = " ".join(str(error).split()) or type(error).__name__
+        problem = InputError(f"megatron-core refuses the configuration: {text}")
+    agree_on_input(problem, parallel)
+    return made[0]
+
+
+def build_training(
+    config: RunConfig, data: TrainingData, parallel: Parallel
+) -> tuple[ForwardBackward, Any, Any]:
+    """The model behind its forward-backward schedule, the optimizer and the lr scheduler.
+    Collective.
+
+    Raises:
+        InputError: megatron-core refuses the configuration.
+    """
+
+    def make() -> tuple[Any, Any, Any]:
+        model = build_model(
+            config.model,
+            config.ddp,
+            vocab_size=data.manifest.vocab_size,
+            sequence_length=config.data.sequence_length,
+            seed=config.seed,
+            parallel=parallel,
+        )
+        optimizer = build_optimizer(config, model, parallel)
+        return model, optimizer, build_scheduler(config, optimizer)
+
+    model, optimizer, scheduler = together(parallel, make, _REFUSALS)
+    connect(model, optimizer)
+    forward_backward = ForwardBackward(
+        model,
+        parallel,
+        config.train.micro_batch_size,
+        config.data.sequence_length,
+        partial(forward_step, boundaries=data.boundaries),
+    )
+    return forward_backward, optimizer, scheduler
+
+
+def build_checkpointer(
+    config: RunConfig,
+    forward_backward: ForwardBackward,
+    optimizer: Any,
+    scheduler: Any,
+    fingerprint: dict[str, Any],
+) -> Checkpointer:
+    """What saves and loads the run's checkpoints."""
+    return Checkpointer(
+        Path(config.run_dir) / "checkpoints",
+        forward_backward.model,
+        optimizer,
+        scheduler,
+        forward_backward.parallel,
+        fingerprint=fingerprint,
+        allow_changed=config.checkpoint.allow_changed,
+        keep=config.checkpoint.keep,
+        keep_every=config.checkpoint.keep_every,
+        async_save=config.checkpoint.async_save,
+    )
+
+
+def build(config: RunConfig, data: TrainingData, recorder: Recorder, parallel: Parallel) -> Run:
+    """All that a run is made of; brought back to the newest checkpoint in run_dir, if any."""
+    # The same on every rank: it follows from the configuration and the data's sizes.
+    plan = plan_probe(config, parallel.world_size, data)
+    forward_backward, optimizer, scheduler = build_training(config, data, parallel)
+    state = TrainState(config.train.train_iters, data.initial_schedule())
+    checkpointer = build_checkpointer(
+        config, forward_backward, optimizer, scheduler, fingerprint(config, data)
+    )
+    checkpointer.load_latest(state)
+    if state.added_domains:
+        state.withdraw_empty_stage()
+    check_followed(data, state, config)
+    return Run(
+        config=config,
+        parallel=parallel,
+        state=state,
+        forward_backward=forward_backward,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        streams=data.streams,
+        loader=DataParallelLoader(
+            BlendedDataset(state.schedule, data.streams, parallel),
+            micro_batch_size=config.train.micro_batch_size,
+            data_parallel_rank=parallel.data_parallel_rank,
+            data_parallel_size=parallel.data_parallel_size,
+            num_workers=config.data.num_workers or 0,
+        ),
+        tasks=data.tasks,
+        remixer=build_remixer(config, data, forward_backward, optimizer, scheduler, recorder, plan),
+        probe_plan=plan,
+        boundaries=data.stage_boundaries(config),
+        planned=data.planned,
+        initial_mixture=data.initial_schedule().mixture(0),
+        checkpointer=checkpointer,
+        recorder=recorder,
+    )
+
+
+def check_followed(data: TrainingData, state: TrainState, config: RunConfig) -> None:
+    """Refuse to go on with a schedule that a resumed run has not followed so far.
+
+    Raises:
+        InputError: names the first stage that differs.
+    """
+    if data.planned is None or not state.ledger:
+        return
+    planned, done = data.planned.stages, state.schedule.stages
+    for index, stage in enumerate(done):
+        same = (
+            index < len(planned)
+            and planned[index].start_sample == stage.start_sample
+            and (planned[index].integer_weights_D == stage.integer_weights_D).all()
+        )
+        if not same:
+            raise InputError(
+                f"remix.schedule: stage {index} of {config.remix.schedule} is not the one that the "
+                f"checkpoint was trained with, from sample {stage.start_sample} on; keep the "
+                f"stages that have begun, or use another run_dir"
+            )
+    if any(stage.start_sample < state.consumed_samples for stage in planned[len(done) :]):
+        raise InputError(
+            f"remix.schedule: stage {len(done)} of {config.remix.schedule} begins before the "
+            f"checkpoint, which was trained without it; let it begin at sample "
+            f"{state.consumed_samples} or later, or use another run_dir"
+        )
+
+
+def build_remixer(
+    config: RunConfig,
+    data: TrainingData,
+    forward_backward: ForwardBackward,
+    optimizer: Any,
+    scheduler: Any,
+    recorder: Recorder,
+    plan: ProbePlan | None,
+) -> Remixer | None:
+    """What measures and decides at a boundary; None without a plan of a probe."""
+    if plan is None:
+        return None
+    return make_remixer(
+        config,
+        data,
+        forward_backward,
+        optimizer,
+        scheduler,
+        plan,
+        on_probe=recorder.probing,
+        on_rollout=recorder.rolling_out,
+    )
