@@ -69,11 +69,12 @@ class MixtureConstraints:
     groups: Mapping[str, DomainGroup] = field(default_factory=dict)
     """Bounds on summed weights, by the group's name."""
 
-    max_total_variation: float | None = 0.25
+    max_total_variation: float | None = None
     """Largest change per reset, ½ Σ_j |w_j - prior_j|; None: no limit."""
 
-    pareto: bool = True
-    """No task may gain less than under the prior: S w ≥ S w_prior in every row."""
+    pareto: bool = False
+    """No task may gain less than under the prior: S w ≥ S w_prior in every row; as the paper has
+    it."""
 
     pareto_slack: float = 0.0
     """How much less than under the prior a task may gain, in units of its row's largest

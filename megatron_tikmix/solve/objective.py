@@ -1,10 +1,20 @@
-"""The objective that TiKMiX-D minimises (paper, section 3.3; method.md, section 2)."""
+"""The objective of TiKMiX (paper, section 3.3): a goal in names, and its function on arrays.
 
+A :class:`Goal` is all that a solver minimises, as plain values that a ledger can keep. With an
+influence matrix it becomes an :class:`Objective`, a convex function of the weights.
+"""
+
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
+
+from megatron_tikmix.errors import InputError
+from megatron_tikmix.influence.matrix import InfluenceMatrix
+from megatron_tikmix.mixture.mixture import Mixture
 
 Array = NDArray[np.float64]
 
@@ -16,6 +26,12 @@ LOG_FLOOR = 0.05
 an infinite one."""
 
 Gain = Literal["linear", "log"]
+
+Preset = Literal["default", "paper"]
+"""`paper`: as published. `default`: what a run does unless it is configured otherwise."""
+
+LEAST_REFERENCE = 1e-4
+"""The least share of the uniform weight that a domain counts for in :func:`floored`."""
 
 _TINY = 1e-12  # weights below it get a straight line instead of −w·ln w, whose slope is infinite
 _ROUNDING = 1e-15  # a std below so much of the gains is 0, with a direction made of rounding
@@ -143,3 +159,107 @@ class Objective:
         value = self.alpha * uniformity - self.beta * gain - self.gamma * diversity
         gradient_V = self.alpha * uniformity_V - self.beta * gain_V
         return value, self.rows_VD.T @ gradient_V - self.gamma * diversity_D
+
+
+@dataclass(frozen=True, kw_only=True)
+class Goal:
+    """What a solver minimises: L(w) = α·std(P̂) − β·gain(P̂) − γ·diversity(w); see
+    :class:`Objective` for its terms.
+
+    Raises:
+        InputError: a weight that is negative or not finite, an unknown gain, or a raw sum that is
+            to be weighted or logarithmic.
+    """
+
+    alpha: float = 1.0
+    """Weight of uniformity over tasks, std(P̂)."""
+
+    beta: float = 1.0
+    """Weight of the gain."""
+
+    gamma: float = 1.0
+    """Weight of the mixture's diversity."""
+
+    gain: Gain = "linear"
+    """How a task's gain counts: as it is, or by its logarithm, since gains saturate."""
+
+    raw_sum: bool = False
+    """Sum the gain over tasks, as the paper has it, so that more tasks outweigh the diversity."""
+
+    task_weights: Mapping[str, float] | None = None
+    """What each task counts for, by name; need not sum to 1. None: all the same."""
+
+    reference: Mixture | None = None
+    """The mixture that diversity, −KL(w ‖ reference), is measured from; a domain of weight 0 in
+    it gets 0. None: the uniform mixture, so that diversity is the entropy of w."""
+
+    def __post_init__(self) -> None:
+        for name in ("alpha", "beta", "gamma"):
+            value = getattr(self, name)
+            if not math.isfinite(value) or value < 0:
+                raise InputError(f"{name} is {value}; it must be a finite number, zero or more")
+        if self.gain not in get_args(Gain):
+            raise InputError(
+                f"gain is {self.gain!r}; it must be one of {', '.join(get_args(Gain))}"
+            )
+        if self.raw_sum and self.gain != "linear":
+            raise InputError("gain: the raw sum over tasks (preset 'paper') is linear")
+        if self.raw_sum and self.task_weights is not None:
+            raise InputError("task_weights: the raw sum over tasks (preset 'paper') has none")
+        weights = [] if self.task_weights is None else list(self.task_weights.values())
+        positive = all(math.isfinite(weight) and weight >= 0 for weight in weights)
+        if not positive or (self.task_weights is not None and not any(weights)):
+            raise InputError(
+                "task_weights: each must be a finite number, zero or more, and one above zero"
+            )
+
+    @classmethod
+    def of_preset(cls, preset: Preset, prior: Mixture, **changes: Any) -> "Goal":
+        """Return the goal of a preset at a boundary where `prior` is the mixture in force.
+
+        Args:
+            changes: fields that are to differ from the preset's.
+
+        Raises:
+            InputError: an unknown preset, or as for the class.
+        """
+        if preset == "paper":
+            return cls(**{"raw_sum": True, **changes})
+        if preset == "default":
+            return cls(**{"gain": "log", "reference": floored(prior), **changes})
+        raise InputError(f"preset is {preset!r}; it must be one of {', '.join(get_args(Preset))}")
+
+    def objective(self, influence: InfluenceMatrix) -> "Objective":
+        """Return L as a function of weights in the order of the matrix's domains.
+
+        Raises:
+            InputError: the matrix has other tasks or domains than the goal.
+        """
+        weights_V = None
+        if self.task_weights is not None:
+            if set(self.task_weights) != set(influence.tasks):
+                raise InputError(
+                    f"task_weights: they name {sorted(self.task_weights)}; the influence matrix "
+                    f"has {sorted(influence.tasks)}"
+                )
+            weights_V = np.array([self.task_weights[task] for task in influence.tasks], np.float64)
+        return Objective.of(
+            influence.values_VD,
+            alpha=self.alpha,
+            beta=self.beta,
+            gamma=self.gamma,
+            task_weights_V=weights_V,
+            preset="paper" if self.raw_sum else None,
+            gain=self.gain,
+            reference_D=None if self.reference is None else self.reference.array(influence.domains),
+        )
+
+
+def floored(prior: Mixture) -> Mixture:
+    """Return the mixture in force as a reference of diversity, with a floor under each weight.
+
+    Where the reference is 0 the answer is 0: without a floor, a domain that was left out once
+    would be left out for ever, however much it has come to help.
+    """
+    weights_D = np.maximum(prior.array(), LEAST_REFERENCE / len(prior))
+    return Mixture(dict(zip(prior, (weights_D / weights_D.sum()).tolist(), strict=True)))

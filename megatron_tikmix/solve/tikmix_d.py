@@ -1,22 +1,20 @@
 """TiKMiX-D: the mixture that minimises the objective on a measured influence matrix."""
 
-import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_tikmix.errors import InputError
 from megatron_tikmix.influence.matrix import InfluenceMatrix
 from megatron_tikmix.mixture.mixture import Mixture
 from megatron_tikmix.solve import conic, slsqp
 from megatron_tikmix.solve.certificate import Certificate, certify
 from megatron_tikmix.solve.constraints import MixtureConstraints
-from megatron_tikmix.solve.objective import Gain, Objective
+from megatron_tikmix.solve.objective import Goal, Objective, Preset
 from megatron_tikmix.solve.region import FEASIBLE, Region, region_of
 from megatron_tikmix.solve.solution import MixtureSolution
 
@@ -33,17 +31,12 @@ _FLOOR = 1e-9  # the prior's least weight where the nearest mixture to it is sou
 def solve_tikmix_d(
     influence: InfluenceMatrix,
     prior: Mixture,
-    *,
-    alpha: float = 1.0,
-    beta: float = 1.0,
-    gamma: float = 1.0,
-    task_weights: Mapping[str, float] | None = None,
-    preset: Literal["paper"] | None = None,
-    gain: Gain = "linear",
+    goal: Goal | None = None,
     constraints: MixtureConstraints | None = None,
-    diversity_reference: Mixture | None = None,
+    *,
+    preset: Preset = "default",
 ) -> MixtureSolution:
-    """Minimise L(w) = α·std(P̂) − β·gain(P̂) − γ·diversity(w) within the constraints.
+    """Minimise the goal, L(w) = α·std(P̂) − β·gain(P̂) − γ·diversity(w), within the constraints.
 
     Source: paper, section 3.3; method.md, section 2. Up to 32 domains SLSQP goes first, from the
     uniform mixture; above, and with cones, Clarabel. An answer is used only if it is certified:
@@ -54,32 +47,17 @@ def solve_tikmix_d(
     Args:
         influence: (V, D) in the benefit sign, rows of any scale.
         prior: the mixture in force, over the same domains.
-        alpha, beta, gamma: weights of uniformity over tasks, of the gain and of the diversity.
-        task_weights: what each task counts for, by name; need not sum to 1 (default: equal).
-        preset: `paper` takes the raw sum over tasks as the gain.
-        gain: `linear` (the paper), or `log`: gains saturate; see :class:`Objective`.
-        constraints: default :class:`MixtureConstraints`.
-        diversity_reference: diversity is −KL(w ‖ reference), for example to the token
-            proportions or to the mixture in force; default: the entropy of w, whose reference is
-            the uniform mixture. A domain of reference weight 0 gets 0.
+        goal: what is minimised. None: that of `preset`.
+        constraints: what the answer must respect. None: those of `preset`: Pareto with `paper`,
+            and none by default.
+        preset: `paper`, as published, or `default`, as a run decides unless configured otherwise.
 
     Raises:
-        InputError: `prior`, `influence` and `diversity_reference` name different domains, an
-            argument is out of range, or hard constraints cannot hold together.
+        InputError: `prior`, `influence` and the goal name different domains or tasks, an unknown
+            preset, or hard constraints that cannot hold together.
     """
     started = time.perf_counter()
-    problem = Problem.of(
-        influence,
-        prior,
-        alpha=alpha,
-        beta=beta,
-        gamma=gamma,
-        task_weights=task_weights,
-        preset=preset,
-        gain=gain,
-        constraints=constraints,
-        diversity_reference=diversity_reference,
-    )
+    problem = Problem.of(influence, prior, *of_preset(preset, prior, goal, constraints))
     problem, concession = problem.made_feasible()
     answer, certificate, failures = problem.minimise()
     weights_D = answer.weights_D
@@ -127,47 +105,26 @@ class Problem:
         cls,
         influence: InfluenceMatrix,
         prior: Mixture,
-        *,
-        alpha: float,
-        beta: float,
-        gamma: float,
-        task_weights: Mapping[str, float] | None,
-        preset: Literal["paper"] | None,
-        gain: Gain,
-        constraints: MixtureConstraints | None,
-        diversity_reference: Mixture | None,
+        goal: Goal,
+        constraints: MixtureConstraints,
     ) -> "Problem":
-        """The arguments of :func:`solve_tikmix_d`, checked, as arrays.
+        """Return the problem of :func:`solve_tikmix_d` as arrays.
 
         Raises:
             InputError: as there.
         """
-        _check(
-            alpha=alpha, beta=beta, gamma=gamma, task_weights=task_weights, preset=preset, gain=gain
-        )
         matrix = influence.sorted_by_name()
-        reference_D = None
-        if diversity_reference is not None:
-            reference_D = diversity_reference.array(matrix.domains)
-        objective = Objective.of(
-            matrix.values_VD,
-            alpha=alpha,
-            beta=beta,
-            gamma=gamma,
-            task_weights_V=_task_weights(task_weights, matrix.tasks),
-            preset=preset,
-            gain=gain,
-            reference_D=reference_D,
-        )
+        objective = goal.objective(matrix)
+        reference = goal.reference
         region = region_of(
-            constraints or MixtureConstraints(),
+            constraints,
             matrix.domains,
             matrix.tasks,
             prior.array(matrix.domains),
             objective.rows_VD,
             matrix.normalised_errors(),
             degrees_of_freedom=matrix.degrees_of_freedom,
-            reference_D=reference_D,
+            reference_D=None if reference is None else reference.array(matrix.domains),
         )
         return cls(objective=objective, region=region)
 
@@ -268,32 +225,13 @@ class Problem:
         )
 
 
-def _check(
-    *, task_weights: Mapping[str, float] | None, preset: str | None, gain: str, **weights: float
-) -> None:
-    for name, value in weights.items():
-        if not math.isfinite(value) or value < 0:
-            raise InputError(f"{name} is {value}; it must be a finite number, zero or more")
-    if preset not in (None, "paper"):
-        raise InputError(f"preset is {preset!r}; it must be 'paper' or None")
-    if gain not in get_args(Gain):
-        raise InputError(f"gain is {gain!r}; it must be one of {', '.join(get_args(Gain))}")
-    if preset == "paper" and gain != "linear":
-        raise InputError("gain: the preset 'paper' is linear; leave one of them out")
-    if preset == "paper" and task_weights is not None:
-        raise InputError("task_weights: the preset 'paper' takes the raw sum; leave them out")
+def of_preset(
+    preset: Preset, prior: Mixture, goal: Goal | None, constraints: MixtureConstraints | None
+) -> tuple[Goal, MixtureConstraints]:
+    """Return the goal and the constraints, with those that are None given by the preset.
 
-
-def _task_weights(given: Mapping[str, float] | None, tasks: Sequence[str]) -> Array | None:
-    if given is None:
-        return None
-    if set(given) != set(tasks):
-        raise InputError(
-            f"task_weights: they name {sorted(given)}; the influence matrix has {sorted(tasks)}"
-        )
-    weights_V = np.array([given[task] for task in tasks], dtype=np.float64)
-    if not np.isfinite(weights_V).all() or (weights_V < 0).any() or not weights_V.any():
-        raise InputError(
-            "task_weights: each must be a finite number, zero or more, and one above zero"
-        )
-    return weights_V
+    Raises:
+        InputError: an unknown preset.
+    """
+    of_it = Goal.of_preset(preset, prior)
+    return goal or of_it, constraints or MixtureConstraints(pareto=preset == "paper")

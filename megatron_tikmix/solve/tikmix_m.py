@@ -1,9 +1,9 @@
 """TiKMiX-M: the mixture that minimises the objective on outcomes measured and learnt."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,16 +13,30 @@ from megatron_tikmix.influence.matrix import InfluenceMatrix
 from megatron_tikmix.mixture.mixture import Mixture
 from megatron_tikmix.solve.candidates import box_around, pulled_inside, sample_box
 from megatron_tikmix.solve.constraints import MixtureConstraints
-from megatron_tikmix.solve.objective import Gain
+from megatron_tikmix.solve.objective import Goal, Preset
 from megatron_tikmix.solve.region import FEASIBLE, Region
 from megatron_tikmix.solve.solution import MixtureSolution
 from megatron_tikmix.solve.surrogate import MixtureSurrogate
-from megatron_tikmix.solve.tikmix_d import Problem, solve_tikmix_d
+from megatron_tikmix.solve.tikmix_d import Problem, of_preset, solve_tikmix_d
 
 Array = NDArray[np.float64]
-Probe = Callable[[Array], Array]
+Measure = Callable[[Array], Array]
 """weights_ND -> outcomes_NV: the drop of each task's loss under each candidate, higher is better,
 in any unit per task; NaN where a candidate could not be measured."""
+
+
+@dataclass(frozen=True, eq=False)
+class MeasuredCandidates:
+    """Candidates with their outcomes, in the order of a matrix's domains and tasks.
+
+    Attributes:
+        weights_ND: the candidates, float64 (N, D).
+        outcomes_NV: what :data:`Measure` returned of them, float64 (N, V).
+    """
+
+    weights_ND: Array
+    outcomes_NV: Array
+
 
 FEWEST_CANDIDATES = 16
 """So many must be asked for; 13 of them must be measured, for the skill to be known."""
@@ -35,18 +49,14 @@ _WEIGHT_FLOOR = 1e-3  # of the uniform weight: the least parameter of a Dirichle
 def solve_tikmix_m(
     influence: InfluenceMatrix,
     prior: Mixture,
+    goal: Goal | None = None,
+    constraints: MixtureConstraints | None = None,
     *,
-    probe: Probe | None = None,
+    preset: Preset = "default",
+    measure: Measure | None = None,
+    measured: MeasuredCandidates | None = None,
     candidates: int = 64,
     scales: tuple[float, float] = (0.5, 2.0),
-    alpha: float = 1.0,
-    beta: float = 1.0,
-    gamma: float = 1.0,
-    task_weights: Mapping[str, float] | None = None,
-    preset: Literal["paper"] | None = None,
-    gain: Gain = "linear",
-    constraints: MixtureConstraints | None = None,
-    diversity_reference: Mixture | None = None,
     min_skill: float = 0.5,
     rounds: int = 16,
     samples: int = 1000,
@@ -59,7 +69,7 @@ def solve_tikmix_m(
     1. TiKMiX-D's answer, with the same arguments.
     2. Candidates: it, the prior, and Latin hypercube samples of a box around it, stretched to
        hold the prior: what lies between the two must be known as well.
-    3. Their outcomes, by `probe`.
+    3. Their outcomes, by `measure`.
     4. A :class:`MixtureSurrogate` of the outcomes, f_i(w), and its cross-validated skill.
     5. L(w) is minimised with P̂_i = f_i(w)/m_i in place of S_i w/n_i. The unit m_i is
        n_i · rms(f_i)/rms(S_i w), root mean squares over the candidates as measured: P̂_i is as
@@ -77,11 +87,11 @@ def solve_tikmix_m(
     could be measured, or when nothing is predicted to be better.
 
     Args:
-        influence, prior, alpha, beta, gamma, task_weights, preset, gain,
-            constraints, diversity_reference: as for :func:`solve_tikmix_d`.
-        probe: ``probe(weights_ND) -> outcomes_NV``, float64, columns in the order of
+        influence, prior, goal, constraints, preset: as for :func:`solve_tikmix_d`.
+        measure: ``measure(weights_ND) -> outcomes_NV``, float64, columns in the order of
             `influence.domains` and `influence.tasks`: real short continuations, or the influence
             of the candidates from the bank. None: S w itself.
+        measured: candidates whose outcomes are known from before, in place of `measure`.
         candidates: how many are measured, the prior and D's answer among them; at least 16.
         scales: the box, as multiples of the weights of D's answer; a domain of weight 0 there and
             in the prior stays at 0.
@@ -100,30 +110,25 @@ def solve_tikmix_m(
         least slack of the latter two; `rounds` (`concentration`, `objective`).
 
     Raises:
-        InputError: an argument is out of range, as for :func:`solve_tikmix_d`, or `probe`
+        InputError: an argument is out of range, as for :func:`solve_tikmix_d`, or `measure`
             returns the wrong shape.
     """
     started = time.perf_counter()
     _check(candidates, min_skill, rounds, samples, top, concentrations)
     surrogate = MixtureSurrogate(seed=seed)
-    shared: dict[str, Any] = {
-        "alpha": alpha,
-        "beta": beta,
-        "gamma": gamma,
-        "task_weights": task_weights,
-        "preset": preset,
-        "gain": gain,
-        "constraints": constraints,
-        "diversity_reference": diversity_reference,
-    }
-    first = solve_tikmix_d(influence, prior, **shared)
-    problem, concession = Problem.of(influence, prior, **shared).made_feasible()
+    goal, constraints = of_preset(preset, prior, goal, constraints)
+    first = solve_tikmix_d(influence, prior, goal, constraints)
+    problem, concession = Problem.of(influence, prior, goal, constraints).made_feasible()
     start_D = first.mixture.array(problem.domains)
     origin_D = problem.region.origin_D
     box = box_around(start_D, problem.region, scales, also_D=origin_D)
     inside_D = (start_D + origin_D) / 2
-    weights_ND = _candidates(box, start_D, inside_D, candidates, seed)
-    outcomes_NV = _measured(probe, weights_ND, influence, problem)
+    if measured is None:
+        weights_ND = _candidates(box, start_D, inside_D, candidates, seed)
+        outcomes_NV = _outcomes(measure, weights_ND, influence, problem)
+    else:
+        weights_ND = measured.weights_ND[:, [influence.domains.index(n) for n in problem.domains]]
+        outcomes_NV = measured.outcomes_NV[:, [influence.tasks.index(n) for n in problem.tasks]]
     asked = len(weights_ND)
     measured_N = np.isfinite(outcomes_NV).all(axis=1)
     weights_ND, outcomes_NV = weights_ND[measured_N], outcomes_NV[measured_N]
@@ -292,18 +297,18 @@ def _candidates(box: Region, start_D: Array, inside_D: Array, count: int, seed: 
     return np.vstack([*given, pulled_inside(drawn_ND, inside_D, box)])
 
 
-def _measured(
-    probe: Probe | None, weights_ND: Array, influence: InfluenceMatrix, problem: Problem
+def _outcomes(
+    measure: Measure | None, weights_ND: Array, influence: InfluenceMatrix, problem: Problem
 ) -> Array:
     """The outcomes of the candidates, (N, V), in the order of `problem`'s tasks."""
-    if probe is None:
+    if measure is None:
         return weights_ND @ influence.sorted_by_name().values_VD.T
     as_given = [problem.domains.index(name) for name in influence.domains]
-    outcomes_NV = np.array(probe(weights_ND[:, as_given]), dtype=np.float64)
+    outcomes_NV = np.array(measure(weights_ND[:, as_given]), dtype=np.float64)
     expected = (len(weights_ND), len(influence.tasks))
     if outcomes_NV.shape != expected:
         raise InputError(
-            f"probe: it returned outcomes of shape {outcomes_NV.shape}; {expected[0]} candidates "
+            f"measure: it returned outcomes of shape {outcomes_NV.shape}; {expected[0]} candidates "
             f"and {expected[1]} tasks need {expected}"
         )
     return outcomes_NV[:, [influence.tasks.index(name) for name in problem.tasks]]

@@ -15,17 +15,16 @@ from megatron_tikmix.influence.budget import (
 )
 from megatron_tikmix.influence.matrix import InfluenceMatrix
 from megatron_tikmix.mixture.mixture import Mixture
-from megatron_tikmix.solve.constraints import MixtureConstraints
-from megatron_tikmix.solve.tikmix_d import solve_tikmix_d
+from tests.solving import limited, solve_d
 
 DOMAINS, TASKS = ["a", "b", "c", "d"], ["t", "u"]
 WEIGHTS = dict.fromkeys(TASKS, 1.0)
 TRUTH_VD = np.array([[1.0, 0.6, 0.2, 0.0], [0.3, 1.0, 0.4, 0.1]])
-FREE = MixtureConstraints(max_total_variation=None, pareto=False)
+FREE = limited(max_total_variation=None, pareto=False)
 
 
 def solve(influence: InfluenceMatrix) -> Mixture:
-    return solve_tikmix_d(influence, Mixture.uniform(DOMAINS), constraints=FREE).mixture
+    return solve_d(influence, Mixture.uniform(DOMAINS), constraints=FREE).mixture
 
 
 def drawn(rng, counts_D, noise_D):
@@ -56,7 +55,7 @@ def test_importance_is_how_far_redraws_of_one_domain_alone_move_the_mixture():
 
     def solved(values_VD):
         influence = InfluenceMatrix(values_VD, domains=DOMAINS, tasks=TASKS)
-        return solve_tikmix_d(influence, Mixture.uniform(DOMAINS), **free).mixture
+        return solve_d(influence, Mixture.uniform(DOMAINS), **free).mixture
 
     seen = {}
     for d, name in enumerate(DOMAINS):
@@ -139,7 +138,7 @@ def test_bad_domains_get_none():
 
     def solve_usable(influence):
         prior = Mixture.uniform(influence.domains)
-        return solve_tikmix_d(influence, prior, constraints=FREE).mixture
+        return solve_d(influence, prior, constraints=FREE).mixture
 
     more_D = AdaptiveBudget(0.001, solve_usable, WEIGHTS, rng).more(bank, 1000)
     assert more_D[2] == 0

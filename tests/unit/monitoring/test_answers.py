@@ -16,9 +16,8 @@ from megatron_tikmix.influence.matrix import InfluenceMatrix
 from megatron_tikmix.mixture.mixture import Mixture
 from megatron_tikmix.monitoring.answers import compare, influence, mixture, open_run, summary
 from megatron_tikmix.monitoring.files import append_jsonl
-from megatron_tikmix.solve.constraints import MixtureConstraints
-from megatron_tikmix.solve.tikmix_d import solve_tikmix_d
 from tests.make_run import make_run
+from tests.solving import limited, solve_d
 
 TOOL = Path(__file__).parents[3] / "tools" / "inspect_run.py"
 DOMAINS, TASKS = ["b", "a", "junk"], ["u", "t"]
@@ -26,7 +25,7 @@ VALUES_VD = np.array([[0.3, 2.0, 0.1], [5.0, 1.0, -1.0]])
 ERRORS_VD = np.array([[0.2, 0.1, 0.1], [0.5, 0.5, 0.25]])
 PRIOR = Mixture({"b": 0.3, "a": 0.3, "junk": 0.4})
 SIZES = {"b": 400.0, "a": 100.0, "junk": 200.0}
-FREE = MixtureConstraints(max_total_variation=None, pareto=False)
+FREE = limited(max_total_variation=None, pareto=False)
 CAPPED = replace(FREE, upper={"a": 0.31})
 
 
@@ -38,7 +37,7 @@ def run_of_one_decision(
     weights = {"u": 3.0, "t": 1.0}
     matrix = InfluenceMatrix(VALUES_VD, domains=DOMAINS, tasks=TASKS, standard_error_VD=ERRORS_VD)
     references = {"prior": PRIOR, "uniform": None, "proportional": Mixture.proportional(SIZES)}
-    solution = solve_tikmix_d(
+    solution = solve_d(
         matrix,
         PRIOR,
         **remix,

@@ -10,8 +10,8 @@ from scipy.stats import t as student_t
 
 from megatron_tikmix.influence.matrix import InfluenceMatrix
 from megatron_tikmix.mixture.mixture import Mixture
-from megatron_tikmix.solve.constraints import DomainGroup, MixtureConstraints
-from megatron_tikmix.solve.tikmix_d import solve_tikmix_d
+from megatron_tikmix.solve.constraints import DomainGroup
+from tests.solving import limited, solve_d
 
 CASES, CHUNK = 200, 25
 B = 8  # sub-batches behind the standard errors
@@ -68,7 +68,7 @@ def random_case(seed):
         "gamma": float(rng.choice([1, 1, 0.5, 0.25, 0.05])),
         "preset": "paper" if seed % 5 == 0 else None,
         "gain": "log" if seed % 5 in (1, 3) else "linear",
-        "constraints": MixtureConstraints(**constraints),
+        "constraints": limited(**constraints),
         "diversity_reference": prior if seed % 6 == 0 else None,
     }
     return influence, prior, options
@@ -158,7 +158,7 @@ def test_the_optimum_is_that_of_another_solver(first):
     unsure = 0
     for seed in range(first, first + CHUNK):
         influence, prior, options = random_case(seed)
-        solution = solve_tikmix_d(influence, prior, **options)
+        solution = solve_d(influence, prior, **options)
         assert solution.status == "solved", f"seed {seed}: {solution.reason}"
         problem = stated_in_cvxpy(influence, prior, options)
         assert broken_by(problem, solution.mixture.array(influence.domains)) <= 1e-8, seed

@@ -6,7 +6,8 @@ from hypothesis import strategies as st
 from megatron_tikmix.errors import InputError
 from megatron_tikmix.mixture.mixture import Mixture
 from megatron_tikmix.solve.candidates import propose_candidates, slice_sample
-from megatron_tikmix.solve.constraints import DomainGroup, MixtureConstraints
+from megatron_tikmix.solve.constraints import DomainGroup
+from tests.solving import limited
 
 
 def mixture(weights_D):
@@ -92,7 +93,7 @@ def test_constraints_are_kept(seed, tight):
     moved = centre.total_variation(prior)
     group, fixed = names[:3], names[3]
     least, most = sorted(sum(m[name] for name in group) for m in (centre, prior))
-    constraints = MixtureConstraints(
+    constraints = limited(
         upper={names[4]: max(centre[names[4]], prior[names[4]])},
         fixed=[fixed],
         # Tight: the centre is at the limit of the change and on the group's bound.
@@ -115,7 +116,7 @@ def test_constraints_are_kept(seed, tight):
 def test_a_group_of_fixed_weight_leaves_the_others_free():
     centre = mixture(np.full(8, 1 / 8))
     half = DomainGroup(domains=centre.domains[:4], lower=0.5, upper=0.5)
-    constraints = MixtureConstraints(groups={"half": half}, max_total_variation=None)
+    constraints = limited(groups={"half": half}, max_total_variation=None)
     found_ND = propose_candidates(centre, 20, constraints=constraints)
     np.testing.assert_allclose(found_ND[:, :4].sum(axis=1), 0.5, atol=1e-9)
     assert found_ND.std(axis=0).min() > 0.01
@@ -134,6 +135,6 @@ def test_bad_arguments_are_told_in_a_sentence():
         propose_candidates(centre, 0)
     with pytest.raises(InputError, match=r"0 ≤ least ≤ 1 ≤ most"):
         propose_candidates(centre, 3, scales=(1.2, 2.0))
-    constraints = MixtureConstraints(upper={"domain0000": 0.4})
+    constraints = limited(upper={"domain0000": 0.4})
     with pytest.raises(InputError, match="the centre breaks the constraint upper:domain0000"):
         propose_candidates(centre, 3, constraints=constraints)

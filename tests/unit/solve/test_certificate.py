@@ -9,9 +9,11 @@ from megatron_tikmix.influence.matrix import InfluenceMatrix
 from megatron_tikmix.mixture.mixture import Mixture
 from megatron_tikmix.solve import conic, slsqp
 from megatron_tikmix.solve.certificate import OPTIMAL, Multipliers, certify, lower_bound
-from megatron_tikmix.solve.constraints import DomainGroup, MixtureConstraints
+from megatron_tikmix.solve.constraints import DomainGroup
+from megatron_tikmix.solve.objective import Goal
 from megatron_tikmix.solve.region import FEASIBLE
-from megatron_tikmix.solve.tikmix_d import Problem, solve_tikmix_d
+from megatron_tikmix.solve.tikmix_d import Problem
+from tests.solving import limited, solve_d
 
 
 def random_problem(seed, confidence=None, gain="linear"):
@@ -31,19 +33,13 @@ def random_problem(seed, confidence=None, gain="linear"):
     problem = Problem.of(
         influence,
         Mixture(dict(zip(names, prior_D.tolist(), strict=True))),
-        alpha=float(rng.choice([0, 1, 2])),
-        beta=1.0,
-        gamma=float(rng.choice([0, 0.3, 1])),
-        task_weights=None,
-        preset=None,
-        gain=gain,
-        constraints=MixtureConstraints(
+        Goal(alpha=float(rng.choice([0, 1, 2])), gamma=float(rng.choice([0, 0.3, 1])), gain=gain),
+        limited(
             max_total_variation=rng.choice([None, 0.2]),
             groups={"half": group},
             upper={names[0]: float(min(1.0, prior_D[0] + 0.1))},
             confidence=confidence,
         ),
-        diversity_reference=None,
     )
     return rng, problem
 
@@ -116,7 +112,7 @@ def test_every_solution_of_a_thousand_domains_is_certified():
     influence = InfluenceMatrix(
         rng.normal(size=(20, 1000)), domains=names, tasks=[f"t{v}" for v in range(20)]
     )
-    solution = solve_tikmix_d(influence, prior)
+    solution = solve_d(influence, prior)
     assert (solution.status, solution.solver) == ("solved", "clarabel")
     assert solution.certificate is not None
     assert solution.certificate.gap <= 1e-6

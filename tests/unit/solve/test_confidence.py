@@ -5,8 +5,7 @@ import pytest
 
 from megatron_tikmix.influence.matrix import InfluenceMatrix
 from megatron_tikmix.mixture.mixture import Mixture
-from megatron_tikmix.solve.constraints import MixtureConstraints
-from megatron_tikmix.solve.tikmix_d import solve_tikmix_d
+from tests.solving import limited, solve_d
 
 D, V, B, TRIALS = 8, 4, 8, 150
 NAMES, TASKS = [f"d{d}" for d in range(D)], [f"t{v}" for v in range(V)]
@@ -19,8 +18,8 @@ def holds(rng, confidence, noise=0.1, at_the_optimum=False):
     prior = Mixture(dict(zip(NAMES, rng.dirichlet(np.full(D, 3.0)).tolist(), strict=True)))
     exact = InfluenceMatrix(truth_VD, domains=NAMES, tasks=TASKS)
     if at_the_optimum:
-        free = MixtureConstraints(max_total_variation=None, pareto=False)
-        prior = solve_tikmix_d(exact, prior, gamma=0.3, constraints=free).mixture
+        free = limited(max_total_variation=None, pareto=False)
+        prior = solve_d(exact, prior, gamma=0.3, constraints=free).mixture
     noise_V1 = noise * np.sqrt(B) * exact.scale_V[:, None]
     measured_BVD = truth_VD + noise_V1 * rng.normal(size=(B, V, D))
     influence = InfluenceMatrix(
@@ -30,8 +29,8 @@ def holds(rng, confidence, noise=0.1, at_the_optimum=False):
         standard_error_VD=measured_BVD.std(axis=0, ddof=1) / np.sqrt(B),
         degrees_of_freedom=B - 1,
     )
-    constraints = MixtureConstraints(confidence=confidence)
-    solution = solve_tikmix_d(influence, prior, constraints=constraints)
+    constraints = limited(confidence=confidence)
+    solution = solve_d(influence, prior, constraints=constraints)
     assert solution.status == "solved", solution.reason
     gain_V = truth_VD @ (solution.mixture.array(NAMES) - prior.array(NAMES)) / exact.scale_V
     return bool((gain_V >= -1e-8).all()), float(gain_V.mean())

@@ -11,8 +11,10 @@ from scipy.optimize import brentq
 from megatron_tikmix.errors import InputError
 from megatron_tikmix.influence.matrix import InfluenceMatrix
 from megatron_tikmix.mixture.mixture import Mixture
-from megatron_tikmix.solve.constraints import DomainGroup, MixtureConstraints, epoch_caps
-from megatron_tikmix.solve.tikmix_d import Problem, solve_tikmix_d
+from megatron_tikmix.solve.constraints import DomainGroup, epoch_caps
+from megatron_tikmix.solve.objective import Goal
+from megatron_tikmix.solve.tikmix_d import Problem
+from tests.solving import limited, solve_d
 
 ABC = ["a", "b", "c"]
 
@@ -25,10 +27,10 @@ def solve(influence_VD, prior, reference=None, options=None, **constraints):
     )
     if not isinstance(prior, Mixture):
         prior = Mixture(dict(zip(domains, prior, strict=True)))
-    return solve_tikmix_d(
+    return solve_d(
         influence,
         prior,
-        constraints=MixtureConstraints(**constraints),
+        constraints=limited(**constraints),
         diversity_reference=reference,
         **(options or {}),
     )
@@ -128,18 +130,18 @@ def test_of_a_thousand_constraints_only_those_in_conflict_are_named():
     lower[names[18]] = 0.3
     influence = InfluenceMatrix(rng.normal(size=(2, 1000)), domains=names, tasks=["t", "u"])
     group = DomainGroup(domains=[names[17], names[18]], upper=0.6)
-    constraints = MixtureConstraints(lower=lower, groups={"pair": group})
+    constraints = limited(lower=lower, groups={"pair": group})
     expected = f"constraints lower:{names[17]}, lower:{names[18]}, group_upper:pair cannot"
     with pytest.raises(InputError, match=expected):
-        solve_tikmix_d(influence, Mixture.uniform(names), constraints=constraints)
+        solve_d(influence, Mixture.uniform(names), constraints=constraints)
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: MixtureConstraints(pareto_slack=-0.1), "pareto_slack"),
-        (lambda: MixtureConstraints(confidence=0.2), "confidence"),
-        (lambda: MixtureConstraints(confidence=1.0), "confidence"),
+        (lambda: limited(pareto_slack=-0.1), "pareto_slack"),
+        (lambda: limited(confidence=0.2), "confidence"),
+        (lambda: limited(confidence=1.0), "confidence"),
         (lambda: DomainGroup(domains=[]), "name domains"),
         (lambda: DomainGroup(domains=["a", "a"]), "each once"),
         (lambda: DomainGroup(domains=["a"], lower=0.5, upper=0.4), "lower ≤ upper"),
@@ -188,14 +190,8 @@ def test_the_nearest_mixture_that_is_allowed_spreads_what_is_moved_in_proportion
     problem = Problem.of(
         InfluenceMatrix([[1.0, 0.5, 0.1]], domains=ABC, tasks=["t"]),
         prior,
-        alpha=1,
-        beta=1,
-        gamma=1,
-        task_weights=None,
-        preset=None,
-        gain="linear",
-        constraints=MixtureConstraints(upper={"a": 0.4}),
-        diversity_reference=None,
+        Goal(),
+        limited(upper={"a": 0.4}),
     )
     nearest_D = problem.nearest_to_prior(problem.region.hard())
     np.testing.assert_allclose(nearest_D, [0.4, 0.45, 0.15], atol=1e-6)

@@ -8,9 +8,8 @@ from scipy.stats import entropy
 
 from megatron_tikmix.influence.matrix import InfluenceMatrix
 from megatron_tikmix.mixture.mixture import Mixture
-from megatron_tikmix.solve.constraints import MixtureConstraints
 from megatron_tikmix.solve.objective import LOG_FLOOR, Objective
-from megatron_tikmix.solve.tikmix_d import solve_tikmix_d
+from tests.solving import limited, solve_d
 
 seeds = given(st.integers(0, 2**32 - 1))
 some = settings(deadline=None, max_examples=60)
@@ -59,13 +58,13 @@ def test_tasks_of_their_own_domains_share_equally_under_the_logarithm():
     """max Σ ln w_i on the simplex: no diversity term is needed, and the linear gain has none."""
     influence = InfluenceMatrix(np.eye(3), domains=["a", "b", "c"], tasks=["t", "u", "v"])
     prior = Mixture({"a": 0.8, "b": 0.1, "c": 0.1})
-    solution = solve_tikmix_d(
+    solution = solve_d(
         influence,
         prior,
         alpha=0.0,
         gamma=0.0,
         gain="log",
-        constraints=MixtureConstraints(pareto=False, max_total_variation=None),
+        constraints=limited(pareto=False, max_total_variation=None),
     )
     assert solution.status == "solved"
     assert solution.mixture.array() == pytest.approx([1 / 3] * 3, abs=1e-5)

@@ -12,14 +12,13 @@ from megatron_tikmix.influence.matrix import InfluenceMatrix
 from megatron_tikmix.mixture.mixture import Mixture
 from megatron_tikmix.solve import conic, slsqp
 from megatron_tikmix.solve.certificate import Multipliers
-from megatron_tikmix.solve.constraints import MixtureConstraints
 from megatron_tikmix.solve.objective import Objective
-from megatron_tikmix.solve.tikmix_d import solve_tikmix_d
+from tests.solving import limited, solve_d
 
 seeds = given(st.integers(0, 2**32 - 1))
 some = settings(deadline=None, max_examples=25)
 
-FREE = MixtureConstraints(max_total_variation=None, pareto=False)
+FREE = limited(max_total_variation=None, pareto=False)
 
 
 def named(influence_VD, prior_D):
@@ -50,7 +49,7 @@ def random_case(seed, most_domains=12):
     options = {
         "alpha": float(rng.choice([0, 1, 1, 3])),
         "gamma": float(rng.choice([1, 1, 0.5, 0.25])),
-        "constraints": MixtureConstraints(
+        "constraints": limited(
             max_total_variation=rng.choice([None, 0.25, 0.25, 0.05]), pareto=bool(rng.integers(4))
         ),
     }
@@ -82,7 +81,7 @@ def feasible_points(rng, influence, prior, constraints, count):
 @some
 def test_no_feasible_point_is_better(seed):
     rng, influence, prior, options = random_case(seed)
-    solution = solve_tikmix_d(influence, prior, **options)
+    solution = solve_d(influence, prior, **options)
     objective = objective_of(influence, options)
     points_ND = feasible_points(rng, influence, prior, options["constraints"], 10_000)
     # Half-way to the answer the neighbourhood of the optimum is tried as well.
@@ -152,7 +151,7 @@ def lower_bound(influence, prior, options, target, rounds=80):
 @some
 def test_linear_programs_prove_the_answer_optimal(seed):
     _, influence, prior, options = random_case(seed, most_domains=8)
-    solution = solve_tikmix_d(influence, prior, **options)
+    solution = solve_d(influence, prior, **options)
     bound = lower_bound(influence, prior, options, solution.objective)
     assert bound - 1e-6 <= solution.objective <= bound + 1e-6
 
@@ -161,7 +160,7 @@ def test_linear_programs_prove_the_answer_optimal(seed):
 @some
 def test_constraints_hold(seed):
     _, influence, prior, options = random_case(seed)
-    solution = solve_tikmix_d(influence, prior, **options)
+    solution = solve_d(influence, prior, **options)
     assert solution.status == "solved"
     weights_D, prior_D, constraints = (
         solution.mixture.array(),
@@ -182,8 +181,8 @@ def test_the_solvers_rounding_is_not_taken_for_a_broken_limit(seed):
     """Of a hundred domains a solver leaves the change up to 1e-7 above its limit."""
     rng = np.random.default_rng(seed)
     influence, prior = named(rng.normal(size=(1, 100)), rng.dirichlet(np.ones(100)))
-    constraints = MixtureConstraints(max_total_variation=0.02)
-    solution = solve_tikmix_d(influence, prior, beta=15, constraints=constraints)
+    constraints = limited(max_total_variation=0.02)
+    solution = solve_d(influence, prior, beta=15, constraints=constraints)
     assert solution.status == "solved"
     assert solution.total_variation <= 0.02 + 1e-12
     assert solution.total_variation == pytest.approx(0.02, abs=1e-7)
@@ -191,8 +190,8 @@ def test_the_solvers_rounding_is_not_taken_for_a_broken_limit(seed):
 
 def test_pareto_protects_a_task_that_would_lose():
     influence, prior = named([[3.0, 1, 1], [3.0, 1, 1], [-1.0, 0, 0]], [0.2, 0.4, 0.4])
-    free = solve_tikmix_d(influence, prior, alpha=0, constraints=FREE)
-    kept = solve_tikmix_d(influence, prior, alpha=0)
+    free = solve_d(influence, prior, alpha=0, constraints=FREE)
+    kept = solve_d(influence, prior, alpha=0)
     assert free.gain_after["task002"] < free.gain_before["task002"] - 0.1
     assert kept.gain_after["task002"] == pytest.approx(kept.gain_before["task002"], abs=1e-8)
     assert "pareto:task002" in kept.active_constraints
@@ -203,18 +202,18 @@ def test_one_task_has_a_closed_form():
     rng = np.random.default_rng(0)
     row_D = rng.normal(size=10)
     influence, prior = named([7.0 * row_D], rng.dirichlet(np.ones(10)))
-    solution = solve_tikmix_d(influence, prior, beta=0.8, gamma=0.3, constraints=FREE)
+    solution = solve_d(influence, prior, beta=0.8, gamma=0.3, constraints=FREE)
     expected_D = np.exp(0.8 * 4 * row_D / abs(row_D).max() / 0.3)
     np.testing.assert_allclose(solution.mixture.array(), expected_D / expected_D.sum(), atol=1e-7)
 
 
 @pytest.mark.parametrize("limit", [None, 0.1])
 def test_two_domains_against_a_fine_grid(limit):
-    constraints = MixtureConstraints(max_total_variation=limit)
+    constraints = limited(max_total_variation=limit)
     for seed in range(12):
         rng = np.random.default_rng(seed)
         influence, prior = named(rng.normal(size=(int(rng.integers(1, 4)), 2)), [0.3, 0.7])
-        solution = solve_tikmix_d(influence, prior, constraints=constraints)
+        solution = solve_d(influence, prior, constraints=constraints)
         objective = objective_of(influence, {})
         grid = [
             (objective.value(np.array([x, 1 - x])), x)
@@ -229,8 +228,8 @@ def test_two_domains_against_a_fine_grid(limit):
 def test_the_kink_where_all_tasks_gain_alike_is_found():
     rows_VD = np.array([[1.0, 0.2, 0.0], [0.2, 1.0, 0.4]])
     influence, prior = named(rows_VD, [0.5, 0.3, 0.2])
-    assert solve_tikmix_d(influence, prior, alpha=0, constraints=FREE).uniformity > 0.01
-    solution = solve_tikmix_d(influence, prior, alpha=5, constraints=FREE)
+    assert solve_d(influence, prior, alpha=0, constraints=FREE).uniformity > 0.01
+    solution = solve_d(influence, prior, alpha=5, constraints=FREE)
     assert solution.uniformity < 1e-7
 
     # Where P̂_0 = P̂_1 the optimum is w ∝ exp(4·mean row + λ·difference of rows), for one λ.
@@ -254,8 +253,8 @@ def test_the_order_of_domains_and_tasks_does_not_matter(seed):
         domains=domains,
         tasks=tasks,
     )
-    one = solve_tikmix_d(influence, prior, **options)
-    other = solve_tikmix_d(shuffled, Mixture({name: prior[name] for name in domains}), **options)
+    one = solve_d(influence, prior, **options)
+    other = solve_d(shuffled, Mixture({name: prior[name] for name in domains}), **options)
     assert one == other
     assert list(other.mixture) == domains
     assert list(other.gain_after) == tasks
@@ -269,22 +268,22 @@ def test_names_and_the_scale_of_rows_do_not_matter(seed):
     order = rng.permutation(len(influence.domains))
     scale_V1 = 10.0 ** rng.uniform(-9, 9, (len(influence.tasks), 1))
     renamed = named((influence.values_VD * scale_V1)[::-1, order], prior.array()[order])
-    one = solve_tikmix_d(influence, prior, **options).mixture.array()
-    other = solve_tikmix_d(*renamed, **options).mixture.array()
+    one = solve_d(influence, prior, **options).mixture.array()
+    other = solve_d(*renamed, **options).mixture.array()
     np.testing.assert_allclose(other, one[order], atol=5e-6)
 
 
 def test_domains_that_are_the_same_get_the_same():
     influence, prior = named([[1.0, 0.3, 1.0], [0.4, 0.9, 0.4]], [0.4, 0.2, 0.4])
-    weights_D = solve_tikmix_d(influence, prior).mixture.array()
+    weights_D = solve_d(influence, prior).mixture.array()
     assert weights_D[0] == pytest.approx(weights_D[2], abs=1e-7)
 
 
 def test_without_any_influence_the_entropy_decides():
     influence, prior = named(np.zeros((2, 4)), [0.7, 0.1, 0.1, 0.1])
-    free = solve_tikmix_d(influence, prior, constraints=FREE)
+    free = solve_d(influence, prior, constraints=FREE)
     np.testing.assert_allclose(free.mixture.array(), 0.25, atol=1e-7)
-    limited = solve_tikmix_d(influence, prior)
+    limited = solve_d(influence, prior)
     assert limited.total_variation == pytest.approx(0.25, abs=1e-9)
     np.testing.assert_allclose(limited.mixture.array(), [0.45] + 3 * [0.55 / 3], atol=1e-7)
     assert limited.gain_after == {"task000": 0.0, "task001": 0.0}
@@ -292,10 +291,8 @@ def test_without_any_influence_the_entropy_decides():
 
 def test_bounds_hold_and_bring_back_a_prior_that_breaks_them():
     influence, prior = named([[1.0, 0.5, 0.2]], [0.1, 0.1, 0.8])
-    constraints = MixtureConstraints(
-        lower={"domain002": 0.2}, upper={"domain002": 0.7, "domain000": 0.25}
-    )
-    solution = solve_tikmix_d(influence, prior, gamma=0.1, constraints=constraints)
+    constraints = limited(lower={"domain002": 0.2}, upper={"domain002": 0.7, "domain000": 0.25})
+    solution = solve_d(influence, prior, gamma=0.1, constraints=constraints)
     assert solution.status == "solved"
     np.testing.assert_allclose(solution.mixture.array(), [0.25, 0.2, 0.55], atol=1e-7)
     assert solution.active_constraints == ["upper:domain000", "total_variation"]
@@ -303,8 +300,8 @@ def test_bounds_hold_and_bring_back_a_prior_that_breaks_them():
 
 def test_a_bound_that_the_prior_breaks_is_enforced():
     influence, prior = named([[0.2, 0.5, 1.0]], [0.1, 0.1, 0.8])
-    constraints = MixtureConstraints(upper={"domain002": 0.7}, pareto=False)
-    solution = solve_tikmix_d(influence, prior, gamma=0.1, constraints=constraints)
+    constraints = limited(upper={"domain002": 0.7}, pareto=False)
+    solution = solve_d(influence, prior, gamma=0.1, constraints=constraints)
     assert solution.mixture["domain002"] == pytest.approx(0.7, abs=1e-9)
     assert "upper:domain002" in solution.active_constraints
 
@@ -327,13 +324,13 @@ def answering(weights_D, name="broken"):
 )
 def test_a_solver_that_fails_is_not_believed(monkeypatch, answer, reason):
     influence, prior = named([[1.0, 0.5, 0.1], [0.5, 1.0, 0.1]], [0.5, 0.4, 0.1])
-    right = solve_tikmix_d(influence, prior)
+    right = solve_d(influence, prior)
     monkeypatch.setattr(slsqp, "solve", answering(answer))
-    second = solve_tikmix_d(influence, prior)
+    second = solve_d(influence, prior)
     assert (second.status, second.solver, second.reason) == ("solved", "clarabel", "")
     np.testing.assert_allclose(second.mixture.array(), right.mixture.array(), atol=1e-6)
     monkeypatch.setattr(conic, "solve", answering(answer))
-    neither = solve_tikmix_d(influence, prior)
+    neither = solve_d(influence, prior)
     assert neither.mixture == prior
     assert neither.status == "fallback"
     assert neither.certificate is None
@@ -352,7 +349,7 @@ def test_large_problems_have_a_second_solver_too(monkeypatch):
         return solve(objective, region, regularization=regularization)
 
     monkeypatch.setattr(conic, "solve", failing_at_first)
-    solution = solve_tikmix_d(influence, prior)
+    solution = solve_d(influence, prior)
     assert (solution.status, solution.solver) == ("solved", "clarabel")
 
 
@@ -360,7 +357,7 @@ def test_task_weights_and_the_paper_preset_reach_the_objective():
     influence, prior = named([[1.0, 0.0, 0.2], [0.0, 1.0, 0.2], [0.1, 0.3, 1.0]], [0.3, 0.3, 0.4])
 
     def solve(**options):
-        return solve_tikmix_d(influence, prior, constraints=FREE, **options)
+        return solve_d(influence, prior, constraints=FREE, **options)
 
     plain = solve()
     leaning = solve(task_weights={"task000": 8, "task001": 1, "task002": 1})
@@ -375,8 +372,8 @@ def test_a_solution_says_what_it_did_and_is_the_same_every_time():
     rng = np.random.default_rng(1)
     influence, prior = named(rng.normal(size=(4, 6)), np.full(6, 1 / 6))
     options = {"alpha": 0.5, "beta": 2.0, "gamma": 0.7}
-    solution = solve_tikmix_d(influence, prior, **options)
-    assert solution == solve_tikmix_d(influence, prior, **options)
+    solution = solve_d(influence, prior, **options)
+    assert solution == solve_d(influence, prior, **options)
     assert solution.objective == pytest.approx(
         0.5 * solution.uniformity - 2.0 * solution.gain - 0.7 * solution.diversity
     )
@@ -416,8 +413,8 @@ def test_a_solution_says_what_it_did_and_is_the_same_every_time():
 )
 def test_arguments_out_of_range_are_refused(options, named_field):
     def solve(constraints=None, **others):
-        constraints = constraints and MixtureConstraints(**constraints)
-        return solve_tikmix_d(influence, prior, constraints=constraints, **others)
+        constraints = constraints and limited(**constraints)
+        return solve_d(influence, prior, constraints=constraints, **others)
 
     influence, prior = named([[1.0, 0.5]], [0.5, 0.5])
     with pytest.raises(InputError, match=named_field):
@@ -427,7 +424,7 @@ def test_arguments_out_of_range_are_refused(options, named_field):
 def test_a_prior_over_other_domains_is_refused():
     influence, _ = named([[1.0, 0.5]], [0.5, 0.5])
     with pytest.raises(InputError, match="domain"):
-        solve_tikmix_d(influence, Mixture({"domain000": 1.0}))
+        solve_d(influence, Mixture({"domain000": 1.0}))
 
 
 def test_a_useless_domain_ends_below_half_its_weight():
@@ -438,5 +435,5 @@ def test_a_useless_domain_ends_below_half_its_weight():
     for _ in range(3):
         measured_VD = helps_VD + 0.05 * rng.normal(size=helps_VD.shape)
         influence = InfluenceMatrix(measured_VD, domains=list(prior), tasks=list("vwxyz"))
-        prior = solve_tikmix_d(influence, prior).mixture.rounded()
+        prior = solve_d(influence, prior).mixture.rounded()
     assert prior["noise"] < 0.5 / 6

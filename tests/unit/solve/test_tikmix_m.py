@@ -7,12 +7,11 @@ from scipy.optimize import minimize
 from megatron_tikmix.errors import InputError
 from megatron_tikmix.influence.matrix import InfluenceMatrix
 from megatron_tikmix.mixture.mixture import Mixture
-from megatron_tikmix.solve.constraints import DomainGroup, MixtureConstraints
+from megatron_tikmix.solve.constraints import DomainGroup
 from megatron_tikmix.solve.objective import Objective
-from megatron_tikmix.solve.tikmix_d import solve_tikmix_d
-from megatron_tikmix.solve.tikmix_m import solve_tikmix_m
+from tests.solving import limited, solve_d, solve_m
 
-FREE = MixtureConstraints(max_total_variation=None, pareto=False)
+FREE = limited(max_total_variation=None, pareto=False)
 QUICK = {"candidates": 32, "rounds": 12, "samples": 300}
 
 
@@ -78,11 +77,11 @@ def test_rollouts_bring_it_closer_to_the_true_optimum_than_influence_does():
     for seed in range(6):
         case = Saturating(seed)
         optimum_D = case.optimum(gamma=0.5)
-        d = solve_tikmix_d(case.influence, case.prior, gamma=0.5, constraints=FREE)
-        m = solve_tikmix_m(
+        d = solve_d(case.influence, case.prior, gamma=0.5, constraints=FREE)
+        m = solve_m(
             case.influence,
             case.prior,
-            probe=case.probe,
+            measure=case.probe,
             gamma=0.5,
             constraints=FREE,
             seed=seed,
@@ -97,8 +96,8 @@ def test_rollouts_bring_it_closer_to_the_true_optimum_than_influence_does():
 
 def test_with_the_influence_itself_it_agrees_with_d():
     case = Saturating(1, tasks=1)
-    d = solve_tikmix_d(case.influence, case.prior, constraints=FREE)
-    m = solve_tikmix_m(case.influence, case.prior, constraints=FREE, **QUICK)
+    d = solve_d(case.influence, case.prior, constraints=FREE)
+    m = solve_m(case.influence, case.prior, constraints=FREE, **QUICK)
     assert m.details["mean_skill"] > 0.99
     objective = Objective.of(case.influence.values_VD)
     assert objective.value(m.mixture.array()) < d.objective + 0.03
@@ -111,11 +110,11 @@ def test_with_the_influence_itself_it_agrees_with_d():
 
 def test_what_is_measured_and_how_it_is_told():
     case = Saturating(2)
-    solution = solve_tikmix_m(case.influence, case.prior, probe=case.probe, **QUICK)
+    solution = solve_m(case.influence, case.prior, measure=case.probe, **QUICK)
     (asked_ND,) = case.asked
     assert asked_ND.shape == (32, 6)
     np.testing.assert_allclose(asked_ND.sum(axis=1), 1, atol=1e-9)
-    d_D = solve_tikmix_d(case.influence, case.prior).mixture.array()
+    d_D = solve_d(case.influence, case.prior).mixture.array()
     np.testing.assert_allclose(asked_ND[:2], [case.prior_D, d_D], atol=1e-12)
     lower_D = np.minimum(d_D / 2, case.prior_D)
     upper_D = np.maximum(2 * d_D, case.prior_D)
@@ -142,15 +141,15 @@ def test_what_is_measured_and_how_it_is_told():
 def test_constraints_are_those_of_d():
     case = Saturating(3, tasks=2)
     names = case.influence.domains
-    constraints = MixtureConstraints(
+    constraints = limited(
         upper={names[1]: 0.9 * case.prior[names[1]] + 0.02},
         fixed=[names[2]],
         groups={"some": DomainGroup(domains=names[3:5], upper=sum(case.prior_D[3:5]))},
         epoch_caps={names[0]: case.prior[names[0]] + 0.02},
         max_total_variation=0.15,
     )
-    m = solve_tikmix_m(
-        case.influence, case.prior, probe=case.probe, constraints=constraints, gamma=0.3, **QUICK
+    m = solve_m(
+        case.influence, case.prior, measure=case.probe, constraints=constraints, gamma=0.3, **QUICK
     )
     assert m.solver == "dirichlet", m.reason
     weights = m.mixture
@@ -176,12 +175,12 @@ def test_orders_and_units_do_not_matter():
     def shuffled_probe(weights_ND):
         return case.probe(weights_ND[:, np.argsort(order)])[:, tasks]
 
-    one = solve_tikmix_m(case.influence, case.prior, probe=case.probe, **QUICK)
-    other = solve_tikmix_m(shuffled, case.prior, probe=shuffled_probe, **QUICK)
+    one = solve_m(case.influence, case.prior, measure=case.probe, **QUICK)
+    other = solve_m(shuffled, case.prior, measure=shuffled_probe, **QUICK)
     assert one.mixture == other.mixture
-    assert one == solve_tikmix_m(case.influence, case.prior, probe=case.probe, **QUICK)
-    scaled = solve_tikmix_m(
-        case.influence, case.prior, probe=lambda w: case.probe(w) * [1e-7, 1e5], **QUICK
+    assert one == solve_m(case.influence, case.prior, measure=case.probe, **QUICK)
+    scaled = solve_m(
+        case.influence, case.prior, measure=lambda w: case.probe(w) * [1e-7, 1e5], **QUICK
     )
     assert scaled.mixture.total_variation(one.mixture) < 0.02
 
@@ -197,10 +196,8 @@ def test_orders_and_units_do_not_matter():
 def test_answer_of_d_where_nothing_can_be_learnt(spoil, reason):
     case = Saturating(5)
     rng = np.random.default_rng(0)
-    d = solve_tikmix_d(case.influence, case.prior)
-    m = solve_tikmix_m(
-        case.influence, case.prior, probe=lambda w: spoil(case.probe(w), rng), **QUICK
-    )
+    d = solve_d(case.influence, case.prior)
+    m = solve_m(case.influence, case.prior, measure=lambda w: spoil(case.probe(w), rng), **QUICK)
     assert m.mixture == d.mixture
     assert reason in m.reason
     assert "the answer is TiKMiX-D's" in m.reason
@@ -216,7 +213,7 @@ def test_a_few_candidates_that_fail_are_left_out():
         outcomes_NV[[3, 9], 0] = np.nan
         return outcomes_NV
 
-    m = solve_tikmix_m(case.influence, case.prior, probe=probe, **QUICK)
+    m = solve_m(case.influence, case.prior, measure=probe, **QUICK)
     assert m.details["not_measured"] == 2
     assert m.solver == "dirichlet"
 
@@ -224,7 +221,7 @@ def test_a_few_candidates_that_fail_are_left_out():
 def test_no_room_means_the_answer_of_d():
     only = Mixture({"all": 1.0})
     influence = InfluenceMatrix([[1.0]], domains=["all"], tasks=["task"])
-    m = solve_tikmix_m(influence, only)
+    m = solve_m(influence, only)
     assert m.mixture == only
     assert "no room" in m.reason
 
@@ -240,7 +237,7 @@ def test_bad_arguments_are_told_in_a_sentence():
         ({"scales": (2.0, 3.0)}, "0 ≤ least ≤ 1 ≤ most"),
         ({"seed": -1}, "seed is -1"),
         ({"alpha": -1}, "alpha is -1"),
-        ({"probe": lambda w: np.zeros(3)}, "32 candidates and 2 tasks need"),
+        ({"measure": lambda w: np.zeros(3)}, "32 candidates and 2 tasks need"),
     ]:
         with pytest.raises(InputError, match=message):
-            solve_tikmix_m(case.influence, case.prior, **{**QUICK, **options})
+            solve_m(case.influence, case.prior, **{**QUICK, **options})
