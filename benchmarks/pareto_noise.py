@@ -25,10 +25,11 @@ from rich.table import Table
 from megatron_tikmix.influence.matrix import InfluenceMatrix
 from megatron_tikmix.mixture.mixture import Mixture
 from megatron_tikmix.solve.constraints import MixtureConstraints
+from megatron_tikmix.solve.objective import Goal
 from megatron_tikmix.solve.tikmix_d import solve_tikmix_d
 
 B = 8
-FREE = MixtureConstraints(max_total_variation=None, pareto=False)
+FREE = MixtureConstraints()
 CASES = [
     (8, 4, 0.1, False),
     (8, 4, 0.3, False),
@@ -63,7 +64,7 @@ def trial(
     prior = Mixture(dict(zip(domains, rng.dirichlet(np.full(D, 3.0)).tolist(), strict=True)))
     exact = InfluenceMatrix(truth_VD, domains=domains, tasks=tasks)
     if at_the_optimum:
-        prior = solve_tikmix_d(exact, prior, gamma=0.3, constraints=FREE).mixture
+        prior = solve_tikmix_d(exact, prior, Goal(gamma=0.3), FREE).mixture
     scatter_V1 = noise * np.sqrt(B) * exact.scale_V[:, None]
     measured_BVD = truth_VD + scatter_V1 * rng.normal(size=(B, V, D))
     errors_VD = measured_BVD.std(axis=0, ddof=1) / np.sqrt(B)
@@ -74,8 +75,8 @@ def trial(
         standard_error_VD=errors_VD,
         degrees_of_freedom=B - 1 if student else None,
     )
-    constraints = MixtureConstraints(confidence=confidence)
-    mixture = solve_tikmix_d(influence, prior, constraints=constraints).mixture
+    constraints = MixtureConstraints(max_total_variation=0.25, pareto=True, confidence=confidence)
+    mixture = solve_tikmix_d(influence, prior, Goal(), constraints).mixture
     gain_V = truth_VD @ (mixture.array(domains) - prior.array(domains)) / exact.scale_V
     return bool((gain_V >= -1e-8).all()), mixture.total_variation(prior), float(gain_V.mean())
 

@@ -28,7 +28,7 @@ from scipy.optimize import LinearConstraint, minimize
 from megatron_tikmix.influence.matrix import InfluenceMatrix
 from megatron_tikmix.mixture.mixture import Mixture
 from megatron_tikmix.solve.constraints import MixtureConstraints
-from megatron_tikmix.solve.objective import Objective
+from megatron_tikmix.solve.objective import Goal, Objective
 from megatron_tikmix.solve.tikmix_d import solve_tikmix_d
 
 TARGETS = {(26, 9): 0.020, (1000, 100): 2.0}
@@ -95,12 +95,14 @@ def timed(solve: Callable[[], Any], repeats: int) -> tuple[float, Any]:
 
 def measure(D: int, V: int, cones: bool, repeats: int, plain_budget_s: float) -> dict[str, Any]:
     influence, prior = problem(D, V, seed=0)
-    constraints = MixtureConstraints(confidence=0.95 if cones else None)
+    constraints = MixtureConstraints(
+        max_total_variation=0.25, pareto=True, confidence=0.95 if cones else None
+    )
     seeds = range(repeats if D <= 100 else 1)
     solutions, seconds = [], []
     for seed in seeds:
         case = problem(D, V, seed)
-        solve = partial(solve_tikmix_d, *case, constraints=constraints)
+        solve = partial(solve_tikmix_d, *case, Goal(), constraints)
         took, solution = timed(solve, repeats if D <= 1000 else 1)
         seconds.append(took)
         solutions.append(solution)

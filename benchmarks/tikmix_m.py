@@ -29,12 +29,13 @@ from scipy.optimize import minimize
 from megatron_tikmix.influence.matrix import InfluenceMatrix
 from megatron_tikmix.mixture.mixture import Mixture
 from megatron_tikmix.solve.constraints import MixtureConstraints
+from megatron_tikmix.solve.objective import Goal
 from megatron_tikmix.solve.tikmix_d import solve_tikmix_d
 from megatron_tikmix.solve.tikmix_m import solve_tikmix_m
 
 Array = NDArray[np.float64]
 
-FREE = MixtureConstraints(max_total_variation=None, pareto=False)
+FREE = MixtureConstraints()
 NOISE = 0.05
 CASES = [(8, 4, 1.0), (8, 4, 0.5), (26, 9, 1.0)]
 """Domains, tasks, and the weight of the diversity, γ."""
@@ -105,17 +106,23 @@ class Saturating:
         prior = Mixture(dict(zip(names, self.prior_D.tolist(), strict=True)))
         rng = np.random.default_rng([seed, 1])
 
-        def probe(weights_ND: Array) -> Array:
+        def outcomes(weights_ND: Array) -> Array:
             gains_NV = self.gains(weights_ND)
             noise_NV = rng.normal(size=gains_NV.shape)
             return gains_NV + NOISE * gains_NV.std(axis=0) * noise_NV
 
-        shared: dict[str, Any] = {"gamma": self.gamma, "constraints": FREE}
-        d = solve_tikmix_d(influence, prior, **shared)
+        goal = Goal(gamma=self.gamma)
+        d = solve_tikmix_d(influence, prior, goal, FREE)
         answers = {"prior": self.prior_D, "TiKMiX-D": d.mixture.array()}
         for rollouts in ROLLOUTS:
             m = solve_tikmix_m(
-                influence, prior, probe=probe, candidates=rollouts, seed=seed, **shared
+                influence,
+                prior,
+                goal,
+                FREE,
+                measure=outcomes,
+                candidates=rollouts,
+                seed=seed,
             )
             answers[f"TiKMiX-M, {rollouts} rollouts"] = m.mixture.array()
         return answers

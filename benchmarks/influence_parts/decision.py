@@ -7,6 +7,7 @@ from megatron_tikmix.config import RemixConfig
 from megatron_tikmix.influence.bank import SubBatchBank
 from megatron_tikmix.influence.matrix import InfluenceMatrix
 from megatron_tikmix.mixture.mixture import Mixture
+from megatron_tikmix.solve.objective import Goal
 from megatron_tikmix.solve.tikmix_d import solve_tikmix_d
 
 SUB_BATCHES = 1600
@@ -40,8 +41,6 @@ class Decision:
         return solve_tikmix_d(
             influence,
             self.prior,
-            alpha=self.remix.alpha,
-            beta=self.remix.beta,
-            gamma=self.remix.gamma,
-            constraints=self.remix.constraints,
+            Goal(alpha=self.remix.alpha, beta=self.remix.beta, gamma=self.remix.gamma),
+            self.remix.constraints,
         ).mixture

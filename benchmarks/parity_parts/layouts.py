@@ -14,6 +14,7 @@ from influence_parts.trained import write_json
 from numpy.typing import NDArray
 from rich.table import Table
 
+from megatron_tikmix.decision.ledger import Ledger
 from megatron_tikmix.errors import InputError
 from megatron_tikmix.influence.bank import SubBatchBank
 from parity_parts.start import BOUNDARIES, START, Figures, Settings, launch
@@ -91,7 +92,7 @@ def _of_layout(
         "seconds": seconds,
         "own": rows(settings.run_dir(own), "metrics.jsonl"),
         "ledger": rows(settings.run_dir(ledger), "metrics.jsonl"),
-        "stages": rows(settings.run_dir(own), "mixture.jsonl"),
+        "stages": stages(settings.run_dir(own)),
         "samples": samples(settings.run_dir(ledger) / "samples"),
     }
 
@@ -150,6 +151,15 @@ def _influence_error(ours: dict[str, Any], theirs: dict[str, Any]) -> float:
 def rows(run_dir: Path, name: str) -> list[dict[str, Any]]:
     lines = (run_dir / name).read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines]
+
+
+def stages(run_dir: Path) -> list[dict[str, Any]]:
+    """The rows of a run's ledger, each with its bank in it."""
+    found = []
+    for row in Ledger.read(run_dir):
+        measured = row.read_measured()
+        found.append(row.to_json() | {"bank": measured and measured.to_json()})
+    return found
 
 
 def samples(folder: Path) -> dict[int, tuple[int, str]]:

@@ -9,7 +9,7 @@ from influence_parts.trained import write_json
 from rich.table import Table
 
 from megatron_tikmix.influence.bank import SubBatchBank
-from parity_parts.layouts import PP, REFERENCE, SP, TP, banks, rows
+from parity_parts.layouts import PP, REFERENCE, SP, TP, banks, stages
 from parity_parts.start import BOUNDARIES, Figures, Settings, launch
 
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
@@ -42,8 +42,8 @@ def measure(settings: Settings, names: list[str], fresh: bool) -> Figures:
 
 def matrices(settings: Settings, name: str) -> list[np.ndarray]:
     """S_VD of both boundaries."""
-    stages = {"stages": rows(settings.run_dir(name), "mixture.jsonl")}
-    return [SubBatchBank.from_json(b).influence_matrix().values_VD for b in banks(stages)]
+    ledger = {"stages": stages(settings.run_dir(name))}
+    return [SubBatchBank.from_json(b).influence_matrix().values_VD for b in banks(ledger)]
 
 
 def tables(figures: Figures) -> list[Table]:

@@ -12,18 +12,18 @@ from typing import Any
 from megatron_tikmix.config import RunConfig, launched_world, load_config
 from megatron_tikmix.data.builder import TrainingData
 from megatron_tikmix.decision.decide import Boundary, Decision
+from megatron_tikmix.decision.ledger import Ledger, StageRow
 from megatron_tikmix.errors import InputError
 from megatron_tikmix.measure.probe_plan import plan_probe
+from megatron_tikmix.measure.remixer import Remixer
 from megatron_tikmix.megatron.groups import Parallel, initialize, shut_down
 from megatron_tikmix.mixture.mixture import Mixture
 from megatron_tikmix.training.build import (
     build_checkpointer,
-    build_remixer,
     build_training,
     together,
 )
 from megatron_tikmix.training.checkpoint import fingerprint
-from megatron_tikmix.training.record import Recorder
 from megatron_tikmix.training.state import TrainState
 
 
@@ -47,22 +47,23 @@ class Proposal:
         return [part for weight, prefix in named for part in (repr(weight), prefix)]
 
     @property
-    def row(self) -> dict[str, Any]:
-        """As a row of the ledger: what a boundary here would have written of its decision."""
+    def row(self) -> StageRow:
+        """The row of the ledger that a boundary here would have written."""
         mixture = self.decision.mixture
-        return {
-            "stage": self.at.stage,
-            "start_iteration": self.at.iteration,
-            "weights": mixture.to_json(),
-            "effective_domains": mixture.effective_domains,
-            "total_variation": mixture.total_variation(self.at.prior),
-            **self.decision.to_json(),
-        }
+        return StageRow(
+            stage=self.at.stage,
+            start_iteration=self.at.iteration,
+            start_sample=sum(self.at.consumed.values()),
+            weights=mixture.to_json(),
+            domain_samples=dict(self.at.consumed),
+            total_variation=mixture.total_variation(self.at.prior),
+            **self.decision.fields_of_row(),
+        )
 
     def to_json(self) -> dict[str, Any]:
         """:attr:`row`, the mixture before (`weights_before`), and `data_path`."""
         before = self.at.prior.to_json()
-        return {**self.row, "weights_before": before, "data_path": self.data_path}
+        return {**self.row.to_json(), "weights_before": before, "data_path": self.data_path}
 
 
 def read_config(run_dir: str, overrides: Sequence[str] = ()) -> RunConfig:
@@ -136,10 +137,8 @@ def _propose(
     checkpointer = build_checkpointer(config, forward_backward, optimizer, scheduler, of_model)
     if not checkpointer.load_latest(state, iteration):
         raise InputError(f"{config.run_dir} has no checkpoint yet; there is no model to measure")
-    # Never begun, so it writes nothing.
-    recorder = Recorder(config, "", parallel)
-    remixer = build_remixer(config, data, forward_backward, optimizer, scheduler, recorder, plan)
-    assert remixer is not None
+    assert plan is not None
+    remixer = Remixer.of(config, data, forward_backward, optimizer, scheduler, plan)
     at = boundary_at(state, data, config)
     return Proposal(
         at=at,
@@ -167,7 +166,7 @@ def boundary_at(state: TrainState, data: TrainingData, config: RunConfig) -> Bou
     ledger = ledger[:-1] if begun else ledger
     stage = len(ledger)
     if set(schedule.domains) != set(data.names):
-        prior, ledger = data.initial_schedule().mixture(0), []
+        prior, ledger = data.initial_schedule().mixture(0), Ledger()
     return Boundary(
         stage=stage,
         iteration=state.iteration,

@@ -7,6 +7,7 @@ from typing import Any, Literal
 from megatron_tikmix.config.requirement import require
 from megatron_tikmix.errors import InputError
 from megatron_tikmix.solve.constraints import MixtureConstraints
+from megatron_tikmix.solve.objective import Preset
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,9 +90,9 @@ class RemixConfig:
     gamma: float = 1.0
     """Weight of the mixture's diversity."""
 
-    preset: Literal["paper"] | None = None
+    preset: Preset | None = "default"
     """`paper`: as published: the raw sum over tasks, and influence, gain, diversity_reference and
-    smoothing at the values given there, and Pareto."""
+    smoothing at the values given there, and Pareto. `default`: what None stands for elsewhere."""
 
     influence: Literal["joint", "marginal"] | None = None
     """`marginal`: of each domain by itself, to first order, as published. `joint`: each task's
@@ -156,6 +157,11 @@ class RemixConfig:
                 f"0.0 to 1.0",
             )
 
+    @property
+    def max_epochs(self) -> float | dict[str, float] | None:
+        """The limit to passes over a domain, of `constraints`."""
+        return self.constraints.max_epochs
+
     def settled(self) -> "RemixConfig":
         """The same, with what is None given by the preset."""
         paper = self.preset == "paper"
@@ -168,7 +174,7 @@ class RemixConfig:
         chosen = {name: value for name, value in given.items() if getattr(self, name) is None}
         if paper and not self.constraints.pareto:
             chosen["constraints"] = replace(self.constraints, pareto=True)
-        return replace(self, **chosen)
+        return replace(self, preset=self.preset or "default", **chosen)
 
 
 @dataclass(kw_only=True)

@@ -306,7 +306,7 @@ class MixtureSections:
                 math.isfinite(weight) and weight > 0, f"tasks.{name}.weight", "must be positive"
             )
             require(
-                self.remix.preset is None or weight == 1,
+                self.remix.preset != "paper" or weight == 1,
                 f"tasks.{name}.weight",
                 "cannot be set with remix.preset paper, which takes the raw sum over tasks",
             )

@@ -6,7 +6,7 @@ repeated with fresh ones. What they realise is held against what was predicted.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -44,6 +44,31 @@ class RolloutOutcomes:
         return self.drops_RNV.mean(axis=0)
 
 
+@dataclass
+class RolloutCost:
+    """What all rollouts of a service have cost so far; the same on every rank.
+
+    Attributes:
+        rollouts: candidates measured, each repetition counted.
+        trained_tokens, evaluated_tokens, seconds: as in
+            :class:`RolloutOutcomes`.
+    """
+
+    rollouts: int = 0
+    trained_tokens: int = 0
+    evaluated_tokens: int = 0
+    seconds: float = 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        """Return all fields as plain values."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "RolloutCost":
+        """Undo :meth:`to_json`."""
+        return cls(**data)
+
+
 @dataclass(frozen=True)
 class Comparison:
     """A predicted against a realised difference, new mixture − old, in the benefit sign.
@@ -73,6 +98,13 @@ class Comparison:
         }
         finite = {key: value if math.isfinite(value) else None for key, value in numbers.items()}
         return {**finite, "verdict": self.verdict}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "Comparison":
+        """Undo :meth:`to_json`; what is None is NaN."""
+        numbers = ("predicted", "difference", "low", "high")
+        found = {key: math.nan if data[key] is None else data[key] for key in numbers}
+        return cls(verdict=data["verdict"], **found)
 
 
 @dataclass(frozen=True)
@@ -145,6 +177,21 @@ class Audit:
             "seconds": self.seconds,
         }
 
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "Audit":
+        """Undo :meth:`to_json`."""
+        derived = ("verdict", "refutes", "reason")
+        return cls(
+            **{
+                **{name: value for name, value in data.items() if name not in derived},
+                "tasks": {
+                    name: Comparison.from_json(found) for name, found in data["tasks"].items()
+                },
+                "overall": Comparison.from_json(data["overall"]),
+                "lost": (data["lost"][0], data["lost"][1]),
+            }
+        )
+
 
 _WORDS: dict[Verdict, str] = {
     "confirmed": "as predicted",
@@ -167,9 +214,10 @@ def compare(predicted: float, realised_R: ArrayLike, confidence: float = 0.95) -
     if n < 2:
         return Comparison(predicted, math.nan, math.nan, math.nan, "inconclusive")
     mean = float(kept_R.mean())
-    standard_error = float(kept_R.std(ddof=1)) / math.sqrt(n)
-    half_width = float(stats.t.ppf(0.5 + confidence / 2, df=n - 1)) * standard_error
-    low, high = mean - half_width, mean + half_width
+    low, high = mean, mean
+    if np.ptp(kept_R) > 0:
+        interval = stats.ttest_1samp(kept_R, 0).confidence_interval(confidence)
+        low, high = float(interval.low), float(interval.high)
     verdict: Verdict = "inconclusive"
     if predicted != 0 and (low > 0 or high < 0):
         verdict = "confirmed" if (low > 0) == (predicted > 0) else "contradicted"

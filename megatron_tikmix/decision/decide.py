@@ -1,34 +1,48 @@
-"""What a boundary decides from what its probe measured. On the main rank only; no collective."""
+"""What a boundary decides from what its probe measured: pure functions of arrays and names.
 
+:class:`Decider` decides at the boundaries of a run; :func:`decide_again` decides a stage of any
+run again, from its ledger, as it was or with another goal and other constraints.
+"""
+
+import logging
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_tikmix.config import RemixConfig
+from megatron_tikmix.decision.audit import Audit, RolloutCost
+from megatron_tikmix.decision.ledger import Measured, StageRow
+from megatron_tikmix.decision.rules import Rules
 from megatron_tikmix.errors import InputError, RolloutError
 from megatron_tikmix.influence.bank import SubBatchBank
 from megatron_tikmix.influence.budget import AdaptiveBudget, sensitivity
 from megatron_tikmix.influence.matrix import (
+    FormerInfluence,
     InfluenceMatrix,
+    completed,
     has_own_rows,
     joint_influence,
-    smoothed,
+    most_remembered,
 )
 from megatron_tikmix.influence.stability import RankStability, rank_stability
 from megatron_tikmix.mixture.mixture import Mixture
 from megatron_tikmix.mixture.schedule import MixtureSchedule
 from megatron_tikmix.seeds import derived_seed
 from megatron_tikmix.solve.constraints import MixtureConstraints, epoch_caps
+from megatron_tikmix.solve.objective import Gain, Goal, Preset, floored
 from megatron_tikmix.solve.solution import MixtureSolution
 from megatron_tikmix.solve.tikmix_d import solve_tikmix_d
-from megatron_tikmix.solve.tikmix_m import solve_tikmix_m
+from megatron_tikmix.solve.tikmix_m import MeasuredCandidates, solve_tikmix_m
+
+_log = logging.getLogger(__name__)
 
 Measure = Callable[[NDArray[np.float64]], NDArray[np.float64]]
 """Candidates (N, D) over the schedule's domains, to the drop of each task's loss (N, V)."""
+
+Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,13 +63,13 @@ class Boundary:
     prior: Mixture
     consumed: Mapping[str, int]
     interval_samples: int
-    ledger: Sequence[Mapping[str, Any]]
+    ledger: Sequence[StageRow]
 
     @classmethod
     def of(
         cls,
         schedule: MixtureSchedule,
-        ledger: Sequence[Mapping[str, Any]],
+        ledger: Sequence[StageRow],
         *,
         iteration: int,
         consumed_samples: int,
@@ -84,7 +98,8 @@ class Decision:
         curvature: what the probe used, as the ledger names it.
         source: "tikmix_d", "tikmix_m", "fallback" (the nearest mixture that is allowed), or "kept".
         reason: one sentence.
-        bank: what the probe measured.
+        measured: the probe's inner products, and TiKMiX-M's candidates with their outcomes.
+        rules: what was decided by.
         influence: what was solved on: the bank's matrix, smoothed if that is asked for.
         total_variation_noise: total variation that 95% of solutions on redrawn influence
             matrices stay within, from the solution on the measured one.
@@ -99,13 +114,14 @@ class Decision:
     curvature: str | None = None
     source: str | None = None
     reason: str | None = None
-    bank: SubBatchBank | None = None
+    measured: Measured | None = None
+    rules: Rules | None = None
     influence: InfluenceMatrix | None = None
     solution: MixtureSolution | None = None
     total_variation_noise: float | None = None
     rank_stability: RankStability | None = None
-    rollout: dict[str, Any] | None = None
-    audit: dict[str, Any] | None = None
+    rollout: RolloutCost | None = None
+    audit: Audit | None = None
 
     @property
     def forced(self) -> bool:
@@ -113,32 +129,88 @@ class Decision:
         solution = self.solution
         return self.source == "fallback" or (solution is not None and solution.prior_violation > 0)
 
-    def to_json(self) -> dict[str, Any]:
-        """Its fields of a ledger row; the mixture itself is in the row already."""
-        row = self.influence.to_json() if self.influence else {}
-        return row | {
-            "source": self.source,
-            "reason": self.reason,
-            "curvature": self.curvature,
-            "total_variation_noise": self.total_variation_noise,
-            "probe_tokens": self.probe_tokens,
-            "probe_seconds": self.probe_seconds,
-            "solution": self.solution.to_json() if self.solution else None,
-            "bank": self.bank.to_json() if self.bank else None,
-            "rank_stability": self.rank_stability.to_json() if self.rank_stability else None,
-            "rollout": self.rollout,
-            "audit": self.audit,
-        }
+    def after(
+        self, found: Audit | None, prior: Mixture, required: bool, failure: str = ""
+    ) -> "Decision":
+        """Return the decision after an audit of it.
+
+        Args:
+            found: what the audit found; None: there was none.
+            prior: the mixture in force.
+            required: whether the mixture in force stays where the audit objects.
+            failure: why the audit failed, which is an objection too; empty if it did not.
+        """
+        objection = failure or (found.reason if found is not None and found.refutes else "")
+        decision = self if found is None else replace(self, audit=found)
+        if objection and required and not self.forced:
+            reason = f"{self.reason}; kept all the same: {objection}"
+            return replace(decision, mixture=prior, source="kept", reason=reason)
+        if objection and required:
+            failure = f"followed all the same, as the mixture in force is not allowed: {objection}"
+        return replace(decision, reason=f"{self.reason}; {failure}") if failure else decision
+
+    def fields_of_row(self) -> dict[str, Any]:
+        """Return what a :class:`StageRow` keeps of it, besides the mixture."""
+        names = (
+            "source",
+            "reason",
+            "curvature",
+            "total_variation_noise",
+            "probe_tokens",
+            "probe_seconds",
+            "influence",
+            "rules",
+            "solution",
+            "measured",
+            "rank_stability",
+            "rollout",
+            "audit",
+        )
+        return {name: getattr(self, name) for name in names}
+
+
+class RemixSettings(Protocol):
+    """What a :class:`Decider` reads of a run's settings of the same names (section `remix`)."""
+
+    @property
+    def policy(self) -> str: ...
+    @property
+    def mode(self) -> Literal["apply", "advise"]: ...
+    @property
+    def preset(self) -> Preset | None: ...
+    @property
+    def alpha(self) -> float: ...
+    @property
+    def beta(self) -> float: ...
+    @property
+    def gamma(self) -> float: ...
+    @property
+    def gain(self) -> Gain | None: ...
+    @property
+    def diversity_reference(self) -> Literal["uniform", "proportional", "prior"] | None: ...
+    @property
+    def smoothing(self) -> float | None: ...
+    @property
+    def constraints(self) -> MixtureConstraints: ...
+    @property
+    def max_epochs(self) -> float | Mapping[str, float] | None: ...
+    @property
+    def candidates(self) -> int: ...
+    @property
+    def require_audit(self) -> bool: ...
+    def settled(self) -> "RemixSettings":
+        """The same, with what is None given by the preset."""
 
 
 class Decider:
-    """Solves for the next mixture, and decides whether it is worth more than its noise.
+    """Decides at the boundaries of a run.
 
     A domain whose gradient was not finite keeps its weight, and a task whose gradient was not is
-    left out; both are named in the reason.
+    left out; both are named in the reason. What former boundaries measured is read and fitted
+    once, and kept.
 
     Args:
-        config: policy, weights and constraints.
+        settings: policy, goal and constraints.
         seed: of bootstrap draws, candidates and the surrogate.
         task_weights: what each task counts for, by name.
         samples_per_epoch: of each domain; their order is that of the schedule's domains.
@@ -146,28 +218,30 @@ class Decider:
 
     def __init__(
         self,
-        config: RemixConfig,
+        settings: RemixSettings,
         *,
         seed: int,
         task_weights: Mapping[str, float],
         samples_per_epoch: Mapping[str, int],
     ) -> None:
-        self._config = config.settled()
+        self._settings = settings.settled()
         self._seed = seed
         self._task_weights = dict(task_weights)
         self._samples_per_epoch = dict(samples_per_epoch)
+        self._history = History(tuple(task_weights))
 
     def check(self, initial: Mixture, interval_samples: int) -> None:
-        """Solve once on no influence at all, for what its arguments may have wrong.
+        """Solve once on no influence at all, for what the settings may have wrong.
 
         Raises:
             InputError: the configured constraints name an unknown domain, or cannot hold together.
         """
+        nothing_VD = np.zeros((len(self._task_weights), len(initial)))
         nothing = InfluenceMatrix(
-            np.zeros((len(self._task_weights), len(initial))),
+            nothing_VD,
             domains=list(initial),
             tasks=list(self._task_weights),
-            standard_error_VD=np.zeros((len(self._task_weights), len(initial))),
+            standard_error_VD=nothing_VD,
         )
         start = Boundary(
             stage=1,
@@ -177,215 +251,344 @@ class Decider:
             interval_samples=interval_samples,
             ledger=[],
         )
-        self._solve_d(nothing, start)
+        _solve_d(nothing, initial, self.rules(start))
+
+    def rules(self, at: Boundary) -> Rules:
+        """Return what a boundary decides by.
+
+        Raises:
+            InputError: settings that name an unknown domain.
+        """
+        settings = self._settings
+        references = {
+            "uniform": None,
+            "proportional": Mixture.proportional(self._samples_per_epoch),
+            "prior": floored(at.prior),
+        }
+        limits = {
+            field.name: getattr(settings.constraints, field.name)
+            for field in fields(MixtureConstraints)
+        }
+        paper = settings.preset == "paper"
+        caps = {}
+        if settings.max_epochs is not None:
+            caps = epoch_caps(
+                self._samples_per_epoch, at.consumed, at.interval_samples, settings.max_epochs
+            )
+        return Rules(
+            policy="tikmix_m" if settings.policy == "tikmix_m" else "tikmix_d",
+            goal=Goal(
+                alpha=settings.alpha,
+                beta=settings.beta,
+                gamma=settings.gamma,
+                gain=settings.gain or "linear",
+                raw_sum=paper,
+                task_weights=None if paper else self._task_weights,
+                reference=references[settings.diversity_reference or "prior"],
+            ),
+            constraints=MixtureConstraints(**{**limits, "epoch_caps": caps}),
+            tasks=tuple(self._task_weights),
+            smoothing=settings.smoothing or 0.0,
+            mode=settings.mode,
+            candidates=settings.candidates,
+            require_audit=settings.require_audit,
+            seed=self._seed,
+        )
 
     def budget(self, at: Boundary, precision: float) -> AdaptiveBudget:
-        """The rule that adds sub-batches until the mixture is settled."""
+        """Return the rule that adds sub-batches until the mixture is settled."""
+        rules = self.rules(at)
+
+        def solve(influence: InfluenceMatrix) -> Mixture:
+            former = self._history.before(at.ledger, rules.smoothing, has_own_rows(influence))
+            solved_on = _averaged(former, rules.smoothing, joint_influence(influence))
+            return _solve_d(solved_on, at.prior, rules).mixture
+
         return AdaptiveBudget(
             precision,
-            lambda influence: self._solve_d(self._smoothed(influence, at), at).mixture,
+            solve,
             defaultdict(float, self._task_weights),  # the domains' own rows weigh nothing
-            self._generator("budget", at),
+            _generator(rules, "budget", at.stage),
         )
 
     def decide(self, bank: SubBatchBank, at: Boundary, measure: Measure | None = None) -> Decision:
-        """The decision on what the probe measured.
+        """Return the decision on what the probe measured.
 
         Args:
             measure: measures candidates for TiKMiX-M; None: by the influence that TiKMiX-D
                 solves on.
         """
-        lost = _lost(bank)
-        usable = bank.usable().of_tasks(list(self._task_weights))
-        if not usable.domains or not usable.tasks:
-            return Decision(at.prior, source="kept", reason=lost, bank=bank)
-        found = Decision(at.prior, bank=bank, rank_stability=self._rank_stability(bank, at))
-        influence = self._smoothed(bank.influence_matrix(), at)
-        try:
-            solution = self._solve(influence, at, measure)
-        except InputError as error:  # caps that nothing fits any more, for example
-            reason = f"no mixture can be decided: {error}"
-            return replace(found, source="kept", reason=reason, influence=influence)
-        noise = sensitivity(
-            bank,
-            lambda drawn: self._solve_d(self._smoothed(drawn, at), at).mixture,
-            self._generator("redraw", at),
-        ).total_variation
-        source, reason = self._verdict(solution, at.prior, noise)
-        return replace(
-            found,
-            mixture=at.prior if source == "kept" else solution.mixture.rounded(),
-            source=source,
-            reason="; ".join(filter(None, [reason, lost])),
-            influence=influence,
-            solution=solution,
-            total_variation_noise=noise,
+        return _decided(
+            Measured(bank), at.prior, self.rules(at), at.stage, at.ledger, self._history, measure
         )
 
-    def _verdict(self, solution: MixtureSolution, prior: Mixture, noise: float) -> tuple[str, str]:
-        """Where the next mixture comes from, and why."""
-        moved = solution.mixture.rounded().total_variation(prior)
-        forced = solution.prior_violation > 0
-        if moved == 0:
-            active = ", ".join(solution.active_constraints[:4]) or "none"
-            best = f"no mixture within the constraints is better (those that bind: {active})"
-            return "kept", solution.reason or best
-        if self._config.mode == "advise":
-            return "kept", f"remix.mode is advise; a change of {moved:.3f} was found"
-        if solution.status == "fallback":
-            return "fallback", solution.reason
-        if forced:
-            broken = "the mixture in force breaks a constraint"
-            return self._config.policy, "; ".join(filter(None, [broken, solution.reason]))
-        if moved <= noise:
-            return "kept", (
-                f"the change of {moved:.3f} is within what noise alone would move the answer, "
-                f"{noise:.3f}"
-            )
-        reason = f"the change of {moved:.3f} is beyond the noise of the answer, {noise:.3f}"
-        return self._config.policy, "; ".join(filter(None, [reason, solution.reason]))
 
-    # Solving ----------------------------------------------------------------------------
+def decide_again(
+    ledger: Sequence[StageRow],
+    stage: int,
+    *,
+    goal: Goal | None = None,
+    constraints: MixtureConstraints | None = None,
+) -> Decision:
+    """Decide a stage of a run again, from its ledger alone.
 
-    def _solve(
-        self, influence: InfluenceMatrix, at: Boundary, measure: Measure | None
-    ) -> MixtureSolution:
-        if self._config.policy != "tikmix_m":
-            return self._solve_d(influence, at)
-        matrix = completed(influence, list(at.prior))
+    Without arguments it is the decision that was made, to the bit where versions are the same.
+    TiKMiX-M takes the candidates that were measured then, whatever the goal.
 
-        def probe(weights_ND: NDArray[np.float64]) -> NDArray[np.float64]:
-            """Candidates over the matrix's domains, to outcomes of its tasks."""
-            assert measure is not None
-            by_name = dict(zip(matrix.domains, weights_ND.T, strict=True))
-            outcomes_NV = measure(np.stack([by_name[name] for name in at.prior], axis=1))
-            asked = list(self._task_weights)
-            return outcomes_NV[:, [asked.index(task) for task in matrix.tasks]]
+    ::
 
-        try:
-            return solve_tikmix_m(
-                matrix,
-                at.prior,
-                probe=None if measure is None else probe,
-                candidates=self._config.candidates,
-                seed=derived_seed(self._seed, "tikmix_m", at.stage) >> 1,
-                **self._arguments(influence, at),
-            )
-        except RolloutError as error:  # training itself is as it was
-            first = self._solve_d(influence, at)
-            reason = f"{error}: the answer is TiKMiX-D's"
-            return replace(first, reason="; ".join(filter(None, [first.reason, reason])))
+        ledger = Ledger.read("runs/quickstart")
+        row = ledger[3]
+        wider = replace(row.rules.goal, gamma=0.5)
+        decide_again(ledger, 3, goal=wider).mixture
 
-    def _solve_d(self, influence: InfluenceMatrix, at: Boundary) -> MixtureSolution:
-        return solve_tikmix_d(
-            completed(influence, list(at.prior)), at.prior, **self._arguments(influence, at)
+    Args:
+        goal, constraints: in place of those that were decided by.
+
+    Raises:
+        InputError: there is no such stage, nothing was measured for it, its bank file is missing,
+            or an earlier version wrote the row.
+    """
+    rows = {row.stage: row for row in ledger}
+    if stage not in rows or stage - 1 not in rows:
+        raise InputError(
+            f"stage {stage} was not decided; the stages of this ledger that can have been are "
+            f"{', '.join(str(number) for number in rows if number - 1 in rows) or 'none'}"
         )
+    row, prior = rows[stage], _prior(rows[stage - 1], rows[stage])
+    measured = row.read_measured()
+    if measured is None:
+        raise InputError(f"stage {stage}: nothing was measured for it: {row.reason}")
+    if row.rules is None:
+        raise InputError(
+            f"stage {stage} was written by an earlier version: its row lacks the goal and the "
+            f"constraints that it was decided by; later stages of the run, once it is resumed "
+            f"with this version, have them"
+        )
+    rules = replace(
+        row.rules,
+        goal=goal or row.rules.goal,
+        constraints=constraints or row.rules.constraints,
+    )
+    former = [each for each in ledger if each.stage < stage]
+    history = History(rules.tasks)
+    decision = _decided(measured, prior, rules, stage, former, history)
+    same = rules == row.rules
+    return decision.after(row.audit, prior, rules.require_audit) if same else decision
 
-    def _arguments(self, influence: InfluenceMatrix, at: Boundary) -> dict[str, Any]:
-        config = self._config
-        references = {
-            "uniform": None,
-            "proportional": Mixture.proportional(self._samples_per_epoch),
-            "prior": _floored(at.prior),
-        }
-        weights = {name: self._task_weights[name] for name in influence.tasks}
-        return {
-            "alpha": config.alpha,
-            "beta": config.beta,
-            "gamma": config.gamma,
-            "task_weights": None if config.preset == "paper" else weights,
-            "preset": config.preset,
-            "gain": config.gain,
-            "constraints": self._constraints(influence, at),
-            "diversity_reference": references[config.diversity_reference or "prior"],
-        }
 
-    def _constraints(self, influence: InfluenceMatrix, at: Boundary) -> MixtureConstraints:
-        """Those configured; with caps for this boundary, and domains of unknown influence fixed."""
-        config = self._config.constraints
-        caps = {}
-        if config.max_epochs is not None:
-            caps = epoch_caps(
-                self._samples_per_epoch, at.consumed, at.interval_samples, config.max_epochs
-            )
-        unknown = {name: at.prior[name] for name in at.prior if name not in influence.domains}
-        fixed = config.fixed
-        if unknown:
-            named = (
-                fixed if isinstance(fixed, Mapping) else {name: at.prior[name] for name in fixed}
-            )
-            fixed = {**unknown, **named}
-        return replace(config, epoch_caps=caps, fixed=fixed)
+def _prior(former: StageRow, row: StageRow) -> Mixture:
+    """Return the mixture in force before a stage, over the domains of the stage."""
+    return Mixture({name: former.weights.get(name, 0.0) for name in row.weights})
 
-    def _smoothed(self, influence: InfluenceMatrix, at: Boundary) -> InfluenceMatrix:
-        """What is solved on: joint influence where that is measured, averaged with what former
-        boundaries measured, if that is asked for."""
-        joint = has_own_rows(influence)
-        influence = joint_influence(influence)
-        if not self._config.smoothing:
-            return influence
-        tasks = list(self._task_weights)
-        banks = [bank for row in at.ledger if (bank := _bank_of(row)) is not None]
-        usable = [(bank, bank.of_tasks(tasks).usable()) for bank in banks]
-        measured = [bank for bank, rows in usable if rows.domains and rows.tasks]
-        if joint:  # a stage that measured no domain's own rows says nothing of joint influence
-            matrices = [bank.influence_matrix() for bank in measured]
-            history = [joint_influence(matrix) for matrix in matrices if has_own_rows(matrix)]
-        else:
-            history = [bank.of_tasks(tasks).influence_matrix() for bank in measured]
-        return smoothed([*history, influence], self._config.smoothing)
 
-    def _rank_stability(self, bank: SubBatchBank, at: Boundary) -> RankStability | None:
-        banks = [former for row in at.ledger if (former := _bank_of(row)) is not None]
-        if not banks:
+class History:
+    """The influence that former boundaries measured, as a decision averages it.
+
+    Each is read and fitted once. A bank that cannot be read is named in a warning, and left out.
+    """
+
+    def __init__(self, tasks: Sequence[str]) -> None:
+        self._tasks = list(tasks)
+        self._fitted: dict[tuple[int, bool], InfluenceMatrix | None] = {}
+        self._unreadable: set[int] = set()
+
+    def before(
+        self, ledger: Sequence[StageRow], smoothing: float, joint: bool
+    ) -> list[InfluenceMatrix]:
+        """Return the matrices that have a part in an average, in the order of the stages.
+
+        Args:
+            joint: whether they are to be joint influence, of which a stage that measured no
+                domain's own rows says nothing.
+        """
+        most = most_remembered(smoothing)
+        found: list[InfluenceMatrix] = []
+        for row in reversed(ledger):
+            if len(found) == most:
+                break
+            key = row.stage, joint
+            if key not in self._fitted:
+                bank = self._bank(row)
+                self._fitted[key] = None if bank is None else self._matrix(bank, joint)
+            matrix = self._fitted[key]
+            if matrix is not None:
+                found.append(matrix)
+        return found[::-1]
+
+    def last_bank(self, ledger: Sequence[StageRow]) -> SubBatchBank | None:
+        """Return what the last boundary that measured anything measured of the deciding tasks."""
+        for row in reversed(ledger):
+            if (bank := self._bank(row)) is not None:
+                return bank.of_tasks(self._tasks)
+        return None
+
+    def _bank(self, row: StageRow) -> SubBatchBank | None:
+        if row.measured is None or row.stage in self._unreadable:
             return None
-        tasks = list(self._task_weights)
-        before, after = banks[-1].of_tasks(tasks), bank.of_tasks(tasks)
-        return rank_stability(before, after, self._generator("ranks", at))
+        try:
+            measured = row.read_measured()
+        except InputError as error:
+            self._unreadable.add(row.stage)
+            _log.warning("%s; decisions go on without it", error)
+            return None
+        return None if measured is None else measured.bank
 
-    def _generator(self, purpose: str, at: Boundary) -> np.random.Generator:
-        return np.random.default_rng(derived_seed(self._seed, purpose, at.stage))
+    def _matrix(self, bank: SubBatchBank, joint: bool) -> InfluenceMatrix | None:
+        of_tasks = bank.of_tasks(self._tasks)
+        usable = of_tasks.usable()
+        if not usable.domains or not usable.tasks:
+            return None
+        if not joint:
+            return of_tasks.influence_matrix()
+        matrix = bank.influence_matrix()
+        return joint_influence(matrix) if has_own_rows(matrix) else None
 
 
-def completed(
-    influence: InfluenceMatrix, domains: Sequence[str], tasks: Sequence[str] = ()
-) -> InfluenceMatrix:
-    """The matrix with further domains and tasks, whose influence is not known, at 0."""
-    more_domains = [name for name in domains if name not in influence.domains]
-    more_tasks = [name for name in tasks if name not in influence.tasks]
-    if not more_domains and not more_tasks:
-        return influence
-    padding = ((0, len(more_tasks)), (0, len(more_domains)))
-    errors_VD = influence.standard_error_VD
-    return InfluenceMatrix(
-        np.pad(influence.values_VD, padding),
-        domains=[*influence.domains, *more_domains],
-        tasks=[*influence.tasks, *more_tasks],
-        standard_error_VD=None if errors_VD is None else np.pad(errors_VD, padding),
-        degrees_of_freedom=influence.degrees_of_freedom,
+def _decided(
+    measured: Measured,
+    prior: Mixture,
+    rules: Rules,
+    stage: int,
+    ledger: Sequence[StageRow],
+    history: History,
+    measure: Measure | None = None,
+) -> Decision:
+    """Return the decision of a stage on what was measured for it and before it."""
+    bank = measured.bank
+    lost = _lost(bank)
+    usable = bank.usable().of_tasks(rules.tasks)
+    if not usable.domains or not usable.tasks:
+        return Decision(prior, source="kept", reason=lost, measured=measured)
+    found = Decision(prior, measured=measured)
+    if (before := history.last_bank(ledger)) is not None:
+        after = bank.of_tasks(rules.tasks)
+        stability = rank_stability(before, after, _generator(rules, "ranks", stage))
+        found = replace(found, rank_stability=stability)
+    matrix = bank.influence_matrix()
+    former = history.before(ledger, rules.smoothing, has_own_rows(matrix))
+    latest = joint_influence(matrix)
+    remembered = FormerInfluence(former, rules.smoothing, latest.tasks, latest.domains)
+    influence = _with_former(remembered, rules.smoothing, latest)
+    rules = rules.on(influence, prior)
+    found = replace(found, influence=influence, rules=rules)
+    try:
+        solution, candidates = _solved(influence, prior, rules, stage, measured.candidates, measure)
+    except InputError as error:  # caps that nothing fits any more, for example
+        return replace(found, source="kept", reason=f"no mixture can be decided: {error}")
+
+    def solve(drawn: InfluenceMatrix) -> Mixture:
+        redrawn = _with_former(remembered, rules.smoothing, joint_influence(drawn))
+        return _solve_d(redrawn, prior, rules).mixture
+
+    noise = sensitivity(bank, solve, _generator(rules, "redraw", stage)).total_variation
+    source, reason = _verdict(solution, prior, noise, rules)
+    return replace(
+        found,
+        mixture=prior if source == "kept" else solution.mixture.rounded(),
+        source=source,
+        reason="; ".join(filter(None, [reason, lost])),
+        measured=Measured(bank, candidates),
+        solution=solution,
+        total_variation_noise=noise,
     )
 
 
-LEAST_REFERENCE = 1e-4
-"""Of the uniform weight: what a domain counts for in the diversity term, if it has less or none."""
+def _verdict(
+    solution: MixtureSolution, prior: Mixture, noise: float, rules: Rules
+) -> tuple[str, str]:
+    """Return where the next mixture comes from, and why."""
+    moved = solution.mixture.rounded().total_variation(prior)
+    forced = solution.prior_violation > 0
+    if moved == 0:
+        active = ", ".join(solution.active_constraints[:4]) or "none"
+        best = f"no mixture within the constraints is better (those that bind: {active})"
+        return "kept", solution.reason or best
+    if rules.mode == "advise":
+        return "kept", f"remix.mode is advise; a change of {moved:.3f} was found"
+    if solution.status == "fallback":
+        return "fallback", solution.reason
+    if forced:
+        broken = "the mixture in force breaks a constraint"
+        return rules.policy, "; ".join(filter(None, [broken, solution.reason]))
+    if moved <= noise:
+        return "kept", (
+            f"the change of {moved:.3f} is within what noise alone would move the answer, "
+            f"{noise:.3f}"
+        )
+    reason = f"the change of {moved:.3f} is beyond the noise of the answer, {noise:.3f}"
+    return rules.policy, "; ".join(filter(None, [reason, solution.reason]))
 
 
-def _floored(prior: Mixture) -> Mixture:
-    """The mixture in force as a reference of diversity.
-
-    Where the reference is 0 the answer is 0: without a floor, a domain that was left out once
-    would be left out for ever, however much it has come to help.
-    """
-    weights_D = np.maximum(prior.array(), LEAST_REFERENCE / len(prior))
-    return Mixture(dict(zip(prior, (weights_D / weights_D.sum()).tolist(), strict=True)))
+def _averaged(
+    former: Sequence[InfluenceMatrix], smoothing: float, latest: InfluenceMatrix
+) -> InfluenceMatrix:
+    """Return what is solved on: the latest influence, averaged with what was measured before."""
+    remembered = FormerInfluence(former, smoothing, latest.tasks, latest.domains)
+    return _with_former(remembered, smoothing, latest)
 
 
-def _bank_of(row: Mapping[str, Any]) -> SubBatchBank | None:
-    return SubBatchBank.from_json(row["bank"]) if row.get("bank") else None
+def _with_former(
+    former: FormerInfluence, smoothing: float, latest: InfluenceMatrix
+) -> InfluenceMatrix:
+    return former.averaged_with(latest) if smoothing else latest
+
+
+def _solve_d(influence: InfluenceMatrix, prior: Mixture, rules: Rules) -> MixtureSolution:
+    """Return TiKMiX-D's answer; a domain of unknown influence keeps its weight."""
+    rules = rules.on(influence, prior)
+    matrix = completed(influence, list(prior))
+    return solve_tikmix_d(matrix, prior, rules.goal, rules.constraints)
+
+
+def _solved(
+    influence: InfluenceMatrix,
+    prior: Mixture,
+    rules: Rules,
+    stage: int,
+    known: MeasuredCandidates | None,
+    measure: Measure | None,
+) -> tuple[MixtureSolution, MeasuredCandidates | None]:
+    """Return the policy's answer, and the candidates that were measured for it."""
+    if rules.policy == "tikmix_d":
+        return _solve_d(influence, prior, rules), None
+    matrix = completed(influence, list(prior))
+    kept = [known] if known is not None else []
+
+    def measured(weights_ND: Array) -> Array:
+        """Candidates over the matrix's domains, to outcomes of its tasks."""
+        assert measure is not None
+        by_name = dict(zip(matrix.domains, weights_ND.T, strict=True))
+        outcomes_NV = measure(np.stack([by_name[name] for name in prior], axis=1))
+        asked = list(rules.tasks)
+        outcomes_NV = outcomes_NV[:, [asked.index(task) for task in matrix.tasks]]
+        kept.append(MeasuredCandidates(weights_ND, outcomes_NV))
+        return outcomes_NV
+
+    try:
+        solution = solve_tikmix_m(
+            matrix,
+            prior,
+            rules.goal,
+            rules.constraints,
+            measure=None if measure is None else measured,
+            measured=known,
+            candidates=rules.candidates,
+            seed=derived_seed(rules.seed, "tikmix_m", stage) >> 1,
+        )
+    except RolloutError as error:  # training itself is as it was
+        first = _solve_d(influence, prior, rules)
+        reason = f"{error}: the answer is TiKMiX-D's"
+        solution = replace(first, reason="; ".join(filter(None, [first.reason, reason])))
+    return solution, kept[0] if kept else None
+
+
+def _generator(rules: Rules, purpose: str, stage: int) -> np.random.Generator:
+    return np.random.default_rng(derived_seed(rules.seed, purpose, stage))
 
 
 def _lost(bank: SubBatchBank) -> str:
-    """Which gradients were not finite and what follows, in words; empty if all were."""
+    """Return which gradients were not finite and what follows; empty if all were."""
     parts = []
     if bank.bad_domains:
         parts.append(

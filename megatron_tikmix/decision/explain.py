@@ -1,45 +1,49 @@
-"""Why a domain's weight is what it is: the terms of the objective that push it up or down.
+"""Why a domain's weight is what it is: what pushed it, and what each push made of its change.
 
 At a mixture w the objective L (see :class:`~megatron_tikmix.solve.objective.Objective`) pushes
 domain j by
 
     −∂L/∂w_j = β Σ_i gain'_i R_ij  −  α Σ_i std'_i R_ij  +  γ diversity'_j
 
-with R the normalised influence rows. Only differences between domains can move a mixture, so each
-term is given relative to its mean over the mixture. At the optimum the terms and what the active
-constraints push add up to 0: nothing is left that would move the weight.
+with R the normalised influence rows. At the optimum these terms, what the active constraints push,
+and one number for all domains alike, since weights sum to 1, add up to 0. Terms of the objective
+are given relative to their mean over the mixture.
+
+The push of diversity is −γ (ln w_j/r_j − KL(w ‖ r)), with r the reference mixture. So with the
+weight before, v_j, and what gain, uniformity, active constraints and the sum to 1 push, g_ij, u_j,
+c_j and s,
+
+    ln w_j/v_j = (Σ_i g_ij + u_j + c_j + s) / γ  +  ln r_j/v_j  +  KL(w ‖ r)
+
+exactly. Times the logarithmic mean of w_j and v_j, which is (w_j − v_j) / ln(w_j/v_j), each term
+becomes its part of the change of the weight, and they add up to it: the logarithmic mean Divisia
+index, B. W. Ang, Energy Policy 32 (2004) 1131.
+
+Everything is taken from the row of the ledger, which holds the goal that was solved.
 """
 
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
+from megatron_tikmix.decision.ledger import StageRow
 from megatron_tikmix.errors import InputError
 from megatron_tikmix.mixture.mixture import Mixture
-from megatron_tikmix.monitoring.answers import known, measured
-from megatron_tikmix.monitoring.files import Row
-from megatron_tikmix.monitoring.history import RunHistory
-from megatron_tikmix.monitoring.words import Array, Influence, clean
-from megatron_tikmix.solve.objective import Objective
+from megatron_tikmix.solve.solution import MixtureSolution
 
-# The change of a domain's weight at a boundary, as a sum of parts.
-#
-# At the optimum what pushes a weight adds up to 0, and the push of diversity, relative to its mean
-# over the mixture w, is −γ (ln w_j/r_j − KL(w ‖ r)) with r the reference mixture. So with the
-# weight before, v_j, and what gain, uniformity and active constraints push, g_ij, u_j and c_j,
-#
-# ln w_j/v_j = (Σ_i g_ij + u_j + c_j) / γ  +  ln r_j/v_j  +  KL(w ‖ r)
-#
-# exactly. Times the logarithmic mean of w_j and v_j, which is (w_j − v_j) / ln(w_j/v_j), each term
-# becomes its part of the change of the weight, and they add up to it: the logarithmic mean Divisia
-# index, B. W. Ang, Energy Policy 32 (2004) 1131.
+Array = NDArray[np.float64]
 
+KINK = 1e-5
+"""Below it std(P̂), over the largest |P̂|, is 0 as far as a solver can tell: tasks gain alike."""
 
 TINY = 1e-12
-"""A weight below it has no logarithm to speak of, and a change to or from it no parts."""
+"""A weight below it has no logarithm to speak of."""
+
+_FOLLOWED = 1e-4  # weights below it are too small for a solver's tolerance
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +65,9 @@ class Change:
     shared: float
     """What every domain's weight is multiplied by alike, so that weights sum to 1."""
 
+    search: float
+    """What TiKMiX-M's measured outcomes made of it, beyond influence; 0 for a certified answer."""
+
     total: float
     """The answer's weight less the weight before."""
 
@@ -68,59 +75,12 @@ class Change:
     """Standard error of gain and uniformity together, at most, at the answer."""
 
 
-def decomposed(
-    before: float,
-    answer: float,
-    *,
-    gain: Mapping[str, float | None],
-    uniformity: float | None,
-    constraints: float | None,
-    noise: float | None,
-    reference: float,
-    divergence: float,
-    gamma: float,
-) -> Change | None:
-    """The change from `before` to `answer` in its parts; None where one of them is not known.
-
-    Args:
-        gain, uniformity, constraints, noise: pushes, in units of the objective per unit of weight.
-        reference: the domain's weight in the mixture that diversity is measured from.
-        divergence: KL(answer ‖ reference), of the mixtures.
-        gamma: weight of the diversity term.
-    """
-    known = {task: push for task, push in gain.items() if push is not None}
-    if uniformity is None or constraints is None or len(known) < len(gain):
-        return None
-    if gamma <= 0 or min(before, answer, reference) < TINY or not math.isfinite(divergence):
-        return None
-    mean = _logarithmic_mean(before, answer)
-    return Change(
-        gain={task: mean * push / gamma for task, push in known.items()},
-        uniformity=mean * uniformity / gamma,
-        constraints=mean * constraints / gamma,
-        diversity=mean * math.log(reference / before),
-        shared=mean * divergence,
-        total=answer - before,
-        noise=None if noise is None else mean * noise / gamma,
-    )
-
-
-def _logarithmic_mean(a: float, b: float) -> float:
-    """(a − b) / (ln a − ln b), and a where they are equal."""
-    ratio = math.log(a / b)
-    return a if abs(ratio) < 1e-9 else (a - b) / ratio
-
-
-KINK = 1e-5
-"""Below it std(P̂), over the largest |P̂|, is 0 as far as a solver can tell: tasks gain alike."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class Explanation:
     """What pushed one domain's weight at one boundary; positive pushes it up.
 
     All pushes are in units of the objective per unit of weight, at the mixture that was solved
-    for, relative to the mean over that mixture.
+    for. Those of the objective are relative to their mean over that mixture.
     """
 
     domain: str
@@ -138,19 +98,23 @@ class Explanation:
     after: float
     """Weight in the stage."""
 
-    gain: dict[str, float | None]
+    gain: dict[str, float]
     """By task: what the domain's influence on it is worth."""
 
-    uniformity: float | None
-    """Of gains over tasks: up for a domain that serves the tasks that gain least. None where all
-    gain alike: std has no slope there, and pushes whatever keeps it so."""
+    uniformity: float
+    """Of gains over tasks: up for a domain that serves the tasks that gain least. Where all gain
+    alike std has no slope, and this is what keeps it so."""
 
-    diversity: float | None
+    diversity: float
     """Entropy, or the pull towards the reference mixture: up for a weight below it."""
 
     constraints: float | None
-    """What the active constraints push: the negative sum of the terms above, at the optimum. None
-    where a term is, or where the answer is no certified optimum (TiKMiX-M, fallback)."""
+    """What the active constraints on the domain push; 0 where none binds. None where the answer is
+    no certified optimum (TiKMiX-M, fallback)."""
+
+    shared: float | None
+    """What pushes every domain alike, so that weights sum to 1 beside those that a constraint
+    holds. None as above."""
 
     active_constraints: list[str]
     """Those met with equality that this domain has a part in."""
@@ -160,7 +124,8 @@ class Explanation:
     influence; at most so much, whatever the correlation between tasks."""
 
     change: Change | None
-    """The answer's change of the weight as a sum of parts; None where one of them is."""
+    """The answer's change of the weight as a sum of parts; None where the goal has no diversity
+    (γ = 0), which the parts are measured by."""
 
     total_variation: float | None
     total_variation_noise: float | None
@@ -170,188 +135,253 @@ class Explanation:
     """What should be known before this is believed; empty if nothing."""
 
     def to_json(self) -> dict[str, Any]:
-        """All fields as plain values."""
+        """Return all fields as plain values."""
         return asdict(self)
 
 
-def explain(history: RunHistory, domain: str, stage: int | None = None) -> Explanation:
-    """What pushed `domain` at the boundary before `stage` (None: the last that measured).
+def explain(former: StageRow, row: StageRow, domain: str) -> Explanation:
+    """Return what pushed `domain` at the boundary between two stages.
+
+    Args:
+        former: the stage before `row`.
 
     Raises:
-        InputError: an unknown domain or stage, or a boundary that solved nothing or came before
-            the domain.
+        InputError: nothing was solved there, the domain was not there yet, or an earlier version
+            wrote the row, which then lacks the goal.
     """
-    if domain not in history.domains:
-        listed = ", ".join(map(clean, history.domains[:12]))
-        raise InputError(f"no domain named {clean(domain)!r}; this run has {listed}")
-    row, _ = measured(history, stage)
-    solution = row.get("solution")
-    if not solution or not solution.get("mixture"):
-        raise InputError(f"stage {row['stage']}: nothing was solved there: {row.get('reason')}")
-    # Of what was solved on: domains without a known influence count as 0, as they did there.
-    domains = list(row["weights"])
-    if domain not in domains:
-        added = next(each["stage"] for each in history.stages if domain in each["weights"])
-        raise InputError(
-            f"stage {row['stage']}: domain {clean(domain)} was added later, with stage {added}; "
-            f"ask of a stage that was measured after that"
+    return Explainer(former, row).of(domain)
+
+
+class Explainer:
+    """The pushes at one boundary, of all its domains.
+
+    Raises:
+        InputError: nothing was solved there, or an earlier version wrote the row.
+    """
+
+    def __init__(self, former: StageRow, row: StageRow) -> None:
+        if row.solution is None:
+            raise InputError(f"stage {row.stage}: nothing was solved there: {row.reason}")
+        objective = row.objective()
+        if row.rules is None or objective is None:
+            raise InputError(
+                f"stage {row.stage} was written by an earlier version: its row lacks the goal that "
+                f"was solved, so its pushes are not known"
+            )
+        self._row, self._solution, self._objective = row, row.solution, objective
+        self._groups = row.rules.constraints.groups
+        self._domains = list(row.weights)
+        self._solved_D = row.solution.mixture.array(self._domains)
+        self._before_D = np.array([former.weights.get(name, 0.0) for name in self._domains])
+        reference = row.rules.goal.reference or Mixture.uniform(self._domains)
+        self._reference_D = reference.array(self._domains)
+        self._certified = row.solution.certificate is not None
+        self._held = [self._active(name) for name in self._domains]
+        self._push()
+
+    def _push(self) -> None:
+        """Fill in what pushes each domain."""
+        objective, w_D = self._objective, self._solved_D
+        gains_V = objective.rows_VD @ w_D
+        gain_V = objective.beta * objective.gain(gains_V)[1]
+        std, std_V = objective.uniformity(gains_V)
+        uniformity_V = -objective.alpha * std_V
+        diversity_D = objective.gamma * self._diversity()
+        self.gain_VD = _relative(gain_V[:, None] * objective.rows_VD, w_D)
+        self.diversity_D = _relative(diversity_D, w_D)
+        self.at_kink = bool(
+            objective.alpha > 0 and len(gains_V) > 1 and std <= KINK * np.abs(gains_V).max()
         )
-    matrix = Influence.of(row, domains)
-    assert matrix is not None  # `measured` says so
-    solved_D = np.array([solution["mixture"].get(name, 0.0) for name in domains])
-    former = history.stages[history.stages.index(row) - 1]["weights"]
-    objective = _objective(history, row, former, matrix)
-    gain_VD, uniformity_D, diversity_D, price_V = _pushes(objective, solved_D)
-    d = domains.index(domain)
-    gain = {
-        task: known(push) for task, push in zip(matrix.tasks, gain_VD[:, d].tolist(), strict=True)
-    }
-    terms = [*gain.values(), known(uniformity_D[d]), known(diversity_D[d])]
-    certified = solution.get("certificate") is not None
-    summed = [term for term in terms if term is not None]
-    constraints = -sum(summed) if certified and len(summed) == len(terms) else None
-    scale_V = np.abs(np.nan_to_num(matrix.values_VD)).max(axis=1)
-    error_V = matrix.errors_VD[:, d] / np.where(scale_V > 0, scale_V, 1.0)
-    noise = known(float(np.abs(price_V) @ error_V))
-    log_reference_D = _log_reference(objective, len(domains))
-    return Explanation(
-        domain=domain,
-        stage=row["stage"],
-        iteration=row["start_iteration"],
-        source=row.get("source"),
-        reason=row.get("reason"),
-        before=former.get(domain, 0.0),
-        solved=float(solved_D[d]),
-        after=row["weights"][domain],
-        gain=gain,
-        uniformity=known(uniformity_D[d]),
-        diversity=known(diversity_D[d]),
-        constraints=constraints,
-        active_constraints=_active(history, solution, domain),
-        noise=noise,
-        change=decomposed(
-            former.get(domain, 0.0),
-            float(solved_D[d]),
+        smooth_D = self.gain_VD.sum(axis=0) + self.diversity_D
+        if self.at_kink:
+            uniformity_V = self._subgradient(smooth_D)
+        self.uniformity_D = _relative(uniformity_V @ objective.rows_VD, w_D)
+        pushed_D = smooth_D + self.uniformity_D
+        free_D = self._free()
+        # A domain that no constraint holds is pushed by nothing else than all domains alike.
+        shared = -float(np.average(pushed_D[free_D], weights=w_D[free_D])) if free_D.any() else 0.0
+        self.shared = shared
+        self.constraints_D = np.where(free_D, 0.0, -pushed_D - shared)
+        if not any(self._held):
+            # What is left of a push is the solver's tolerance, and no constraint.
+            self.constraints_D = np.zeros_like(w_D)
+        self.price_V = gain_V + uniformity_V
+
+    def _free(self) -> NDArray[np.bool_]:
+        """Return which domains have a weight, and no active constraint, (D,)."""
+        return np.array([not held for held in self._held]) & (self._solved_D > TINY)
+
+    def _diversity(self) -> Array:
+        """Return ∂ diversity/∂w, (D,)."""
+        log_D = np.log(np.maximum(self._solved_D, TINY))
+        return -(log_D + 1) + np.log(np.maximum(self._reference_D, TINY))
+
+    def _subgradient(self, smooth_D: Array) -> Array:
+        """Return the slope of −α·std at its kink that keeps the mixture where it is, (V,).
+
+        Of those that do, for domains that no constraint holds, the smallest one.
+        """
+        rows_VD, free_D = self._objective.rows_VD, self._free()
+        if not free_D.any():
+            return np.zeros(len(rows_VD))
+        # Weighted like the mixture, so that domains of no weight decide nothing.
+        weight_D = np.sqrt(self._solved_D[free_D])
+        columns_VD = rows_VD[:, free_D]
+        mean_V1 = (columns_VD @ self._solved_D[free_D] / self._solved_D[free_D].sum())[:, None]
+        target_D = smooth_D[free_D] - np.average(smooth_D[free_D], weights=weight_D**2)
+        slope_V: Array = np.linalg.lstsq(
+            ((columns_VD - mean_V1) * weight_D).T, -target_D * weight_D, rcond=1e-10
+        )[0]
+        return slope_V
+
+    def of(self, domain: str) -> Explanation:
+        """Return what pushed one domain.
+
+        Raises:
+            InputError: the domain was not there at this stage.
+        """
+        row, objective = self._row, self._objective
+        if domain not in self._domains:
+            raise InputError(
+                f"stage {row.stage}: there was no domain {domain!r}; it had "
+                f"{', '.join(self._domains[:12])}"
+            )
+        d = self._domains.index(domain)
+        gain = dict(zip(_tasks(row), self.gain_VD[:, d].tolist(), strict=True))
+        noise = self._noise(domain)
+        found = Explanation(
+            domain=domain,
+            stage=row.stage,
+            iteration=row.start_iteration,
+            source=row.source,
+            reason=row.reason,
+            before=float(self._before_D[d]),
+            solved=float(self._solved_D[d]),
+            after=row.weights[domain],
             gain=gain,
-            uniformity=known(uniformity_D[d]),
-            constraints=constraints,
+            uniformity=float(self.uniformity_D[d]),
+            diversity=float(self.diversity_D[d]),
+            constraints=float(self.constraints_D[d]) if self._certified else None,
+            shared=self.shared if self._certified else None,
+            active_constraints=self._held[d],
             noise=noise,
-            reference=float(np.exp(log_reference_D[d])),
-            divergence=_divergence(solved_D, log_reference_D),
-            gamma=objective.gamma,
-        ),
-        total_variation=row.get("total_variation"),
-        total_variation_noise=row.get("total_variation_noise"),
-        note="; ".join(_notes(row, solution, known(uniformity_D[d]), known(diversity_D[d]))),
-    )
-
-
-def _pushes(objective: Objective, weights_D: Array) -> tuple[Array, Array, Array, Array]:
-    """Gain (V, D), uniformity (D,) and diversity (D,), relative to their means over the mixture;
-    and what a unit of each task's normalised influence is worth, (V,)."""
-    gains_V = objective.rows_VD @ weights_D
-    gain_V = objective.beta * objective.gain(gains_V)[1]
-    std, std_V = objective.uniformity(gains_V)
-    uniformity_V = -objective.alpha * std_V
-    gain_VD = gain_V[:, None] * objective.rows_VD
-    uniformity_D = uniformity_V @ objective.rows_VD
-    if objective.alpha > 0 and len(gains_V) > 1 and std <= KINK * np.abs(gains_V).max():
-        uniformity_D, uniformity_V = np.full_like(weights_D, np.nan), np.zeros_like(gains_V)
-    diversity_D = objective.gamma * objective.diversity(weights_D)[1]
-    return (
-        gain_VD - (gain_VD @ weights_D)[:, None],
-        uniformity_D - uniformity_D @ weights_D,
-        diversity_D - np.nansum(diversity_D * weights_D) / weights_D[~np.isnan(diversity_D)].sum(),
-        gain_V + uniformity_V,
-    )
-
-
-def _objective(
-    history: RunHistory, row: Row, former: Mapping[str, float], matrix: Influence
-) -> Objective:
-    """The objective that was solved, from the configuration.
-
-    Raises:
-        InputError: config.yaml lacks a setting of it.
-    """
-    remix = history.setting("remix")
-    needed = ("alpha", "beta", "gamma", "preset", "gain", "diversity_reference")
-    missing = [name for name in needed if name not in (remix or {})]
-    if missing:
-        raise InputError(
-            f"config.yaml of this run has no remix.{missing[0]}; the objective cannot be restated"
+            change=None,
+            total_variation=row.total_variation,
+            total_variation_noise=row.total_variation_noise,
+            note="; ".join(_notes(row, self._solution, self.at_kink, objective.gamma)),
         )
-    tasks = history.setting("tasks") or {}
-    weights_V = np.array([(tasks.get(task) or {}).get("weight", 1.0) for task in matrix.tasks])
-    paper = remix["preset"] == "paper"
-    return Objective.of(
-        np.nan_to_num(matrix.values_VD),
-        alpha=remix["alpha"],
-        beta=remix["beta"],
-        gamma=remix["gamma"],
-        task_weights_V=None if paper else weights_V,
-        preset=remix["preset"],
-        gain=remix["gain"] or ("linear" if paper else "log"),
-        reference_D=_reference(history, row, former, remix["diversity_reference"] or "prior"),
-    )
+        return replace(found, change=self._change(found, float(self._reference_D[d])))
+
+    def _noise(self, domain: str) -> float | None:
+        """Return the standard error of gain and uniformity together, at most."""
+        influence = self._row.influence
+        if influence is None or influence.standard_error_VD is None:
+            return None
+        if domain not in influence.domains:
+            return None
+        error_V = influence.standard_error_VD[:, influence.domains.index(domain)]
+        return float(np.abs(self.price_V) @ (error_V / influence.scale_V))
+
+    def _change(self, found: Explanation, reference: float) -> Change | None:
+        """Return the change of a weight in its parts."""
+        gamma, before, answer = self._objective.gamma, found.before, found.solved
+        if gamma <= 0:
+            return None
+        total = answer - before
+        if answer < TINY and (found.active_constraints or reference < TINY):
+            # The limit of the parts below: what holds it at 0 takes all of it away.
+            by_reference = reference < TINY
+            return Change(
+                gain=dict.fromkeys(found.gain, 0.0),
+                uniformity=0.0,
+                constraints=0.0 if by_reference else total,
+                diversity=total if by_reference else 0.0,
+                shared=0.0,
+                search=0.0,
+                total=total,
+                noise=None,
+            )
+        # A domain that comes back has no weight to be measured from: its reference stands for it.
+        start = before if before >= TINY else reference
+        constraints = (found.constraints or 0.0) / gamma
+        gain = {task: push / gamma for task, push in found.gain.items()}
+        uniformity, diversity = found.uniformity / gamma, math.log(reference / start)
+        shared = self._divergence() + (found.shared or 0.0) / gamma
+        summed = math.fsum([*gain.values(), uniformity, constraints, diversity, shared])
+        per_term = _per_term(start, max(answer, TINY), summed if self._certified else None)
+        parts = Change(
+            gain={task: per_term * term for task, term in gain.items()},
+            uniformity=per_term * uniformity,
+            constraints=per_term * constraints,
+            diversity=per_term * diversity + start - before,
+            shared=per_term * shared,
+            search=0.0,
+            total=total,
+            noise=None if found.noise is None else abs(per_term) * found.noise / gamma,
+        )
+        if self._certified:
+            return parts
+        # A fallback is where the constraints drove it; TiKMiX-M goes by what it measured.
+        rest = total - (per_term * summed + start - before)
+        if self._solution.status == "fallback":
+            return replace(parts, constraints=rest)
+        return replace(parts, search=rest)
+
+    def _divergence(self) -> float:
+        """Return KL(w ‖ r) of the answer to the reference, with w over its whole."""
+        held_D = self._solved_D > TINY
+        w_D, r_D = self._solved_D[held_D], np.maximum(self._reference_D[held_D], TINY)
+        return float(w_D @ np.log(w_D / r_D))
+
+    def _active(self, domain: str) -> list[str]:
+        """Return the active constraints on a domain, on a group of it, or on the mixture."""
+        groups = {name for name, group in self._groups.items() if domain in group.domains}
+        found = []
+        for constraint in self._solution.active_constraints:
+            kind, _, name = constraint.partition(":")
+            of_mixture = kind in ("total_variation", "pareto")
+            of_group = kind.startswith("group_") and name in groups
+            if of_mixture or of_group or (name == domain and not kind.startswith("group_")):
+                found.append(constraint)
+        return found
 
 
-def _log_reference(objective: Objective, domains: int) -> Array:
-    """ln of the mixture that diversity is measured from, (D,)."""
-    if objective.log_reference_D is None:
-        return np.full(domains, -np.log(domains))
-    return objective.log_reference_D
+def _relative(push: Array, weights_D: Array) -> Array:
+    """Return pushes (…, D) less their mean over the mixture."""
+    mean = (push * weights_D).sum(axis=-1, keepdims=True) / weights_D.sum()
+    relative: Array = push - mean
+    return relative
 
 
-def _divergence(weights_D: Array, log_reference_D: Array) -> float:
-    """KL of the mixture to the reference."""
-    held_D = weights_D > 0
-    return float(weights_D[held_D] @ (np.log(weights_D[held_D]) - log_reference_D[held_D]))
+def _tasks(row: StageRow) -> Sequence[str]:
+    assert row.influence is not None
+    return row.influence.tasks
 
 
-def _reference(
-    history: RunHistory, row: Row, former: Mapping[str, float], name: str
-) -> Array | None:
-    """The mixture that diversity is measured from, (D,) in the row's order; None: entropy."""
-    if name == "uniform":
-        return None
-    if name == "prior":
-        return Mixture({n: former.get(n, 0.0) for n in row["weights"]}).array(list(row["weights"]))
-    last = history.stages[-1]
-    samples, epochs = last.get("domain_samples") or {}, last.get("domain_epochs") or {}
-    # Samples of one epoch; a domain that was never drawn has told nothing of its size.
-    sizes_D = np.array(
-        [samples[n] / epochs[n] if epochs.get(n) else np.nan for n in row["weights"]]
-    )
-    return sizes_D / np.nansum(sizes_D)
+def _per_term(start: float, answer: float, summed: float | None) -> float:
+    """Return what a unit of the terms of ln(answer/start) makes of the change.
+
+    It is the logarithmic mean. A solver does not follow a weight far below its tolerance, whose
+    logarithm is then not the sum of the terms: they share the change in proportion.
+    """
+    ratio = math.log(answer / start)
+    mean = answer if abs(ratio) < 1e-9 else (answer - start) / ratio
+    if summed is not None and min(answer, start) < _FOLLOWED and summed * ratio > 0:
+        return (answer - start) / summed
+    return mean
 
 
-def _active(history: RunHistory, solution: Mapping[str, Any], domain: str) -> list[str]:
-    """Active constraints on the domain itself, on a group of it, or on the mixture."""
-    groups = history.setting("remix", "constraints", "groups") or {}
-    mine = {name for name, group in groups.items() if domain in (group.get("domains") or [])}
-    found = []
-    for constraint in solution.get("active_constraints") or []:
-        kind, _, name = constraint.partition(":")
-        of_mixture = kind in ("total_variation", "pareto")
-        if of_mixture or name == domain or (kind.startswith("group_") and name in mine):
-            found.append(constraint)
-    return found
-
-
-def _notes(
-    row: Row, solution: Mapping[str, Any], uniformity: float | None, diversity: float | None
-) -> Iterator[str]:
-    if solution.get("status") == "fallback":
+def _notes(row: StageRow, solution: MixtureSolution, at_kink: bool, gamma: float) -> Iterator[str]:
+    if solution.status == "fallback":
         yield "the solver fell back to the nearest mixture that is allowed"
-    elif solution.get("certificate") is None:
+    elif solution.certificate is None:
         yield (
             "TiKMiX-M chose by measured candidates; the terms are those of the influence it "
             "started from"
         )
-    if row.get("source") == "kept":
+    if row.source == "kept":
         yield "the mixture was kept: the terms are those of the answer not followed"
-    if uniformity is None:
-        yield "all tasks gain alike there: uniformity and constraints push the rest, to 0"
-    if diversity is None:
-        yield "the domain was never drawn, so its share of the tokens is not in the run"
+    if at_kink:
+        yield "all tasks gain alike there, and uniformity is what keeps it so"
+    if gamma <= 0:
+        yield "the goal has no diversity (gamma 0), so a change has no parts"

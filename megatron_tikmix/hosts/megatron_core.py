@@ -29,7 +29,7 @@ from megatron_tikmix.data.samples import DocumentBoundaries
 from megatron_tikmix.decision.decide import Boundary, Decision
 from megatron_tikmix.errors import InputError, TrainingError
 from megatron_tikmix.measure.probe_plan import Trained, plan_probe_of
-from megatron_tikmix.measure.remixer import Progress, Remixer, make_remixer
+from megatron_tikmix.measure.remixer import Progress, Remixer
 from megatron_tikmix.measure.shards import distributed_optimizers
 from megatron_tikmix.megatron.collectives import sum_over_ranks
 from megatron_tikmix.megatron.groups import Parallel
@@ -97,7 +97,7 @@ def build_remixer(
     plan = plan_probe_of(_trained(forward_backward), config, data)
     if plan is None:
         raise InputError("remix: nothing is decided; set remix.policy and remix.interval_samples")
-    return make_remixer(
+    return Remixer.of(
         config,
         data,
         forward_backward,

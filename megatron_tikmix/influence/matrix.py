@@ -1,5 +1,6 @@
 """InfluenceMatrix: what training on each domain does to each validation task."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -250,46 +251,103 @@ def _errors(fits_VD: Array, gram_DD: Array, errors_VD: Array) -> Array:
 # Influence averaged over boundaries: draws of S average out, at the price of looking back.
 
 
-def smoothed(history: Sequence[InfluenceMatrix], smoothing: float) -> InfluenceMatrix:
-    """The exponential moving average of the normalised rows, in the units of the latest matrix.
+FORGOTTEN = 2.0**-60
+"""The coefficient below which a former boundary has no part in an average: less than rounding."""
 
-    With s = `smoothing`, row i of the answer is n_i · Σ_k c_k · (row i of boundary k, over its own
-    n), where c_k ∝ sᵏ for the boundary k before the latest, Σ c = 1. Rows
-    are normalised first since gradients shrink as the model learns, and an average of raw rows
-    would be one of the first boundaries. Standard errors are those of a weighted sum of independent
-    estimates.
+
+def smoothed(history: Sequence[InfluenceMatrix], smoothing: float) -> InfluenceMatrix:
+    """Return the exponential moving average of the normalised rows of `history`, the latest last.
+
+    See :class:`FormerInfluence`.
+    """
+    *former, latest = history
+    return FormerInfluence(former, smoothing, latest.tasks, latest.domains).averaged_with(latest)
+
+
+class FormerInfluence:
+    """What former boundaries measured, summed up once for every average it is to be part of.
+
+    With s = `smoothing`, row i of an average is n_i · Σ_k c_k · (row i of boundary k, over its own
+    n), where c_k ∝ sᵏ for the boundary k before the latest, Σ c = 1. Rows are normalised first
+    since gradients shrink as the model learns, and an average of raw rows would be one of the
+    first boundaries. Standard errors are those of a weighted sum of independent estimates.
 
     Args:
-        history: at least one matrix, the latest last. Domains and tasks are those of the latest; a
-            boundary at which one of them was not measured is left out.
+        former: one matrix for each former boundary, in their order; one that lacks a task or a
+            domain of the latest is left out, and so are those whose c_k is below 2⁻⁶⁰.
         smoothing: 0 (the latest alone) to below 1.
+        tasks, domains: those of the latest matrix.
     """
-    latest = history[-1]
-    usable = [
-        matrix
-        for matrix in history
-        if set(matrix.domains) >= set(latest.domains) and set(matrix.tasks) >= set(latest.tasks)
-    ]
-    coefficients = smoothing ** np.arange(len(usable))[::-1] if smoothing else np.zeros(len(usable))
-    coefficients[-1] = 1.0
-    coefficients = coefficients / coefficients.sum()
-    values_VD, variance_VD = np.zeros_like(latest.values_VD), np.zeros_like(latest.values_VD)
-    for c, matrix in zip(coefficients.tolist(), usable, strict=True):
-        order = np.ix_(
-            [matrix.tasks.index(task) for task in latest.tasks],
-            [matrix.domains.index(domain) for domain in latest.domains],
+
+    def __init__(
+        self,
+        former: Sequence[InfluenceMatrix],
+        smoothing: float,
+        tasks: Sequence[str],
+        domains: Sequence[str],
+    ) -> None:
+        self._names = tuple(tasks), tuple(domains)
+        usable = [
+            matrix
+            for matrix in former
+            if set(matrix.domains) >= set(domains) and set(matrix.tasks) >= set(tasks)
+        ]
+        usable = usable[len(usable) - min(len(usable), most_remembered(smoothing)) :]
+        coefficients = smoothing ** np.arange(len(usable) + 1)[::-1] if smoothing else np.ones(1)
+        coefficients = coefficients / coefficients.sum()
+        shape = len(tasks), len(domains)
+        self._values_VD, self._variance_VD = np.zeros(shape), np.zeros(shape)
+        for c, matrix in zip(coefficients.tolist(), usable, strict=False):
+            self._add(c, matrix, self._values_VD, self._variance_VD)
+        self._latest = coefficients.tolist()[-1]
+
+    def averaged_with(self, latest: InfluenceMatrix) -> InfluenceMatrix:
+        """Return the average of the former boundaries and this one, in the units of this one."""
+        if (latest.tasks, latest.domains) != self._names:
+            raise ValueError("the latest matrix has other tasks or domains than was said")
+        values_VD, variance_VD = self._values_VD.copy(), self._variance_VD.copy()
+        self._add(self._latest, latest, values_VD, variance_VD)
+        scale_V1 = latest.scale_V[:, None]
+        known = latest.standard_error_VD is not None
+        return InfluenceMatrix(
+            values_VD * scale_V1,
+            domains=latest.domains,
+            tasks=latest.tasks,
+            standard_error_VD=np.sqrt(variance_VD) * scale_V1 if known else None,
+            degrees_of_freedom=latest.degrees_of_freedom,
         )
+
+    def _add(self, c: float, matrix: InfluenceMatrix, values_VD: Array, variance_VD: Array) -> None:
+        tasks, domains = self._names
+        task_at = {name: v for v, name in enumerate(matrix.tasks)}
+        domain_at = {name: d for d, name in enumerate(matrix.domains)}
+        order = np.ix_([task_at[name] for name in tasks], [domain_at[name] for name in domains])
         scale_V1 = matrix.scale_V[order[0][:, 0], None]
         values_VD += c * matrix.values_VD[order] / scale_V1
         errors_VD = matrix.normalised_errors()
         if errors_VD is not None:
             variance_VD += (c * errors_VD[order]) ** 2
-    scale_V1 = latest.scale_V[:, None]
-    known = latest.standard_error_VD is not None
+
+
+def most_remembered(smoothing: float) -> int:
+    """Return how many former boundaries have a part in an average."""
+    return int(math.log(FORGOTTEN) / math.log(smoothing)) if smoothing else 0
+
+
+def completed(
+    influence: InfluenceMatrix, domains: Sequence[str], tasks: Sequence[str] = ()
+) -> InfluenceMatrix:
+    """The matrix with further domains and tasks, whose influence is not known, at 0."""
+    more_domains = [name for name in domains if name not in influence.domains]
+    more_tasks = [name for name in tasks if name not in influence.tasks]
+    if not more_domains and not more_tasks:
+        return influence
+    padding = ((0, len(more_tasks)), (0, len(more_domains)))
+    errors_VD = influence.standard_error_VD
     return InfluenceMatrix(
-        values_VD * scale_V1,
-        domains=latest.domains,
-        tasks=latest.tasks,
-        standard_error_VD=np.sqrt(variance_VD) * scale_V1 if known else None,
-        degrees_of_freedom=latest.degrees_of_freedom,
+        np.pad(influence.values_VD, padding),
+        domains=[*influence.domains, *more_domains],
+        tasks=[*influence.tasks, *more_tasks],
+        standard_error_VD=None if errors_VD is None else np.pad(errors_VD, padding),
+        degrees_of_freedom=influence.degrees_of_freedom,
     )

@@ -6,12 +6,13 @@ it too: so each is given with its ceiling, the correlation that would be expecte
 not moved at all.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import rankdata
+from scipy.stats import spearmanr
 
 from megatron_tikmix.influence.bank import SubBatchBank
 
@@ -36,6 +37,11 @@ class RankStability:
     def to_json(self) -> dict[str, Any]:
         """Plain values, for the ledger."""
         return {"correlation": self.correlation, "ceiling": self.ceiling}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "RankStability":
+        """Undo :meth:`to_json`."""
+        return cls(dict(data["correlation"]), dict(data["ceiling"]))
 
 
 def rank_stability(
@@ -76,10 +82,9 @@ def spearman(first_D: Array, second_D: Array) -> float | None:
     """Rank correlation, ties sharing their mean rank; None for fewer than 3 values, or no ranks."""
     if len(first_D) < 3:
         return None
-    ranks = [rankdata(values_D) for values_D in (first_D, second_D)]
-    deviations = [ranks_D - ranks_D.mean() for ranks_D in ranks]
-    scale = float(np.sqrt((deviations[0] ** 2).sum() * (deviations[1] ** 2).sum()))
-    return float(deviations[0] @ deviations[1]) / scale if scale > 0 else None
+    if np.ptp(first_D) == 0 or np.ptp(second_D) == 0:
+        return None
+    return float(spearmanr(first_D, second_D).statistic)
 
 
 def _reliability(bank: SubBatchBank, generator: np.random.Generator) -> list[float | None]:

@@ -1,7 +1,7 @@
 """Remixer: probe, decide, audit, broadcast. Every line of it is reached by every rank."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -12,10 +12,10 @@ from megatron_tikmix.config import MixtureSections
 from megatron_tikmix.data.builder import TrainingData
 from megatron_tikmix.data.domain_stream import DomainStream
 from megatron_tikmix.decision.audit import LEAST_REPETITIONS, Audit, judge
-from megatron_tikmix.decision.decide import Boundary, Decider, Decision, completed
+from megatron_tikmix.decision.decide import Boundary, Decider, Decision
 from megatron_tikmix.errors import InputError, RolloutError
 from megatron_tikmix.influence.bank import SubBatchBank
-from megatron_tikmix.influence.matrix import InfluenceMatrix
+from megatron_tikmix.influence.matrix import InfluenceMatrix, completed
 from megatron_tikmix.measure.probe import InfluenceProbe, ProbeData
 from megatron_tikmix.measure.probe_plan import ProbePlan
 from megatron_tikmix.measure.rollouts import RolloutData, Rollouts, RolloutService
@@ -25,6 +25,9 @@ from megatron_tikmix.megatron.groups import Parallel
 from megatron_tikmix.megatron.step import ForwardBackward
 from megatron_tikmix.mixture.mixture import Mixture
 from megatron_tikmix.seeds import derived_seed
+
+Progress = Callable[[int, int], None]
+"""Called with (done, in all)."""
 
 
 class Remixer:
@@ -52,6 +55,92 @@ class Remixer:
         self._rollouts = rollouts
         self._parallel = parallel
         self._config = config
+
+    @classmethod
+    def of(
+        cls,
+        config: MixtureSections,
+        data: TrainingData,
+        forward_backward: ForwardBackward,
+        optimizer: Any,
+        scheduler: Any,
+        plan: ProbePlan,
+        *,
+        on_probe: Progress = lambda done, total: None,
+        on_rollout: Progress = lambda done, total: None,
+    ) -> "Remixer":
+        """Return a Remixer on what trains and its data, whichever loop that is. Collective.
+
+        Args:
+            optimizer: megatron-core's distributed optimizer.
+            scheduler: megatron-core's OptimizerParamScheduler; used by rollouts only.
+            on_probe, on_rollout: called with the passes of a probe, and the rollouts, so far.
+
+        Raises:
+            InputError: `probe.parameters` selects nothing.
+        """
+        parallel, probe = forward_backward.parallel, config.probe
+
+        length = config.data.sequence_length
+        # One more, from which squared gradients are taken.
+        probed = (plan.sub_batches + 1) * probe.sub_batch_samples
+        if plan.most_tokens is not None:
+            probed = max(probed, plan.most_tokens // length)
+        rolled_out = max(config.rollout.iters, config.audit.iters) * config.train.global_batch_size
+
+        def probe_stream(domain: int, stage: int) -> DomainStream:
+            name = data.names[domain]
+            seed = derived_seed(probe.seed, stage, name)
+            return data.stream(name, seed, length, first_samples=probed)
+
+        def rollout_stream(domain: int, seed: int) -> DomainStream:
+            name = data.names[domain]
+            return data.stream(name, derived_seed(seed, name), length, first_samples=rolled_out)
+
+        check_selection(forward_backward.model, probe.parameters, parallel)
+        shards = OptimizerShards(
+            forward_backward.model,
+            optimizer,
+            parallel.groups,
+            data.manifest.vocab_size,
+            probe.parameters.selects,
+        )
+        probe_data = ProbeData(
+            probe_stream,
+            data.names,
+            data.probed_tasks,
+            sub_batch_samples=probe.sub_batch_samples,
+            task_samples=probe.task_samples,
+            micro_batch_size=config.train.micro_batch_size,
+            data_parallel_rank=parallel.data_parallel_rank,
+            data_parallel_size=parallel.data_parallel_size,
+            microbatch_multiple=forward_backward.microbatch_multiple,
+        )
+        rollouts = None
+        if config.needs_rollouts:
+            rollout_data = RolloutData(
+                rollout_stream,
+                data.names,
+                [task.name for task in data.deciding_tasks],
+                probe_data.of_task,
+                global_batch_size=config.train.global_batch_size,
+                micro_batch_size=config.train.micro_batch_size,
+                data_parallel_rank=parallel.data_parallel_rank,
+                data_parallel_size=parallel.data_parallel_size,
+            )
+            rollouts = Rollouts(
+                forward_backward, optimizer, scheduler, rollout_data, on_progress=on_rollout
+            )
+        return cls(
+            InfluenceProbe(
+                forward_backward, optimizer, shards, probe_data, probe, on_progress=on_probe
+            ),
+            build_decider(config, data),
+            rollouts,
+            parallel,
+            config,
+            plan,
+        )
 
     def remix(self, at: Boundary) -> Decision:
         """Decide the mixture of the stage that begins. Collective.
@@ -105,7 +194,7 @@ class Remixer:
                 repetitions=rollout.repetitions,
             )
             decision = service.run(partial(self._decider.decide, bank, at))
-            return decision and replace(decision, rollout=asdict(service.cost))
+            return decision and replace(decision, rollout=service.cost)
         return self._decider.decide(bank, at) if self._parallel.is_main else None
 
     def _agreed(self, decision: Decision | None, at: Boundary) -> Decision:
@@ -129,7 +218,8 @@ class Remixer:
         if not config.enabled or decision.mixture.integer_weights() == at.prior.integer_weights():
             return decision
         assert self._rollouts is not None
-        found, objection, failed = None, "", ""
+        found, failure = None, ""
+        measured = decision.measured
         try:
             found = audit(
                 self._rollouts,
@@ -138,9 +228,9 @@ class Remixer:
                 # What predicts is influence itself, in one unit for all tasks. Of a domain or task
                 # that was not measured nothing was predicted.
                 None
-                if decision.bank is None
+                if measured is None
                 else completed(
-                    decision.bank.influence_matrix(),
+                    measured.bank.influence_matrix(),
                     self.probe.domains,
                     list(self._config.deciding_tasks),
                 ),
@@ -153,22 +243,10 @@ class Remixer:
                 confidence=config.confidence,
             )
         except RolloutError as error:  # on every rank alike, and training is as it was
-            objection = failed = f"there was no audit: {error}"
-        if found is not None:
-            decision = replace(decision, audit=found.to_json())
-            objection = found.reason if found.refutes else ""
-        objects = bool(objection) and self._config.remix.require_audit
-        keeps = self._agree_to(objects and not decision.forced)
-        if keeps:
-            reason = f"{decision.reason}; kept all the same: {objection}"
-            return replace(decision, mixture=at.prior, source="kept", reason=reason)
-        if objects:
-            failed = f"followed all the same, as the mixture in force is not allowed: {objection}"
-        return replace(decision, reason=f"{decision.reason}; {failed}") if failed else decision
-
-    def _agree_to(self, mine: bool) -> bool:
-        """The main rank's answer. Collective."""
-        return bool(broadcast_integers(np.array([mine]), self._parallel)[0])
+            failure = f"there was no audit: {error}"
+        audited = decision.after(found, at.prior, self._config.remix.require_audit, failure)
+        # Only the main rank knows what the audit found.
+        return self._agreed(audited if self._parallel.is_main else None, at)
 
 
 def audit(
@@ -224,100 +302,8 @@ def _integers(mixture: Mixture, domains: Sequence[str]) -> NDArray[np.int64]:
     return np.array([integers[name] for name in domains], dtype=np.int64)
 
 
-# Puts a Remixer together: streams, probe, rollouts and decider, from what trains and its data.
-
-
-Progress = Callable[[int, int], None]
-"""Called with (done, in all)."""
-
-
-def make_remixer(
-    config: MixtureSections,
-    data: TrainingData,
-    forward_backward: ForwardBackward,
-    optimizer: Any,
-    scheduler: Any,
-    plan: ProbePlan,
-    *,
-    on_probe: Progress = lambda done, total: None,
-    on_rollout: Progress = lambda done, total: None,
-) -> Remixer:
-    """What measures and decides at a boundary. Collective.
-
-    Args:
-        optimizer: megatron-core's distributed optimizer.
-        scheduler: megatron-core's OptimizerParamScheduler; used by rollouts only.
-        on_probe, on_rollout: told of the passes of a probe, and of the rollouts.
-
-    Raises:
-        InputError: `probe.parameters` selects nothing.
-    """
-    parallel, probe = forward_backward.parallel, config.probe
-
-    length = config.data.sequence_length
-    # One more, from which squared gradients are taken.
-    probed = (plan.sub_batches + 1) * probe.sub_batch_samples
-    if plan.most_tokens is not None:
-        probed = max(probed, plan.most_tokens // length)
-    rolled_out = max(config.rollout.iters, config.audit.iters) * config.train.global_batch_size
-
-    def probe_stream(domain: int, stage: int) -> DomainStream:
-        name = data.names[domain]
-        seed = derived_seed(probe.seed, stage, name)
-        return data.stream(name, seed, length, first_samples=probed)
-
-    def rollout_stream(domain: int, seed: int) -> DomainStream:
-        name = data.names[domain]
-        return data.stream(name, derived_seed(seed, name), length, first_samples=rolled_out)
-
-    check_selection(forward_backward.model, probe.parameters, parallel)
-    shards = OptimizerShards(
-        forward_backward.model,
-        optimizer,
-        parallel.groups,
-        data.manifest.vocab_size,
-        probe.parameters.selects,
-    )
-    probe_data = ProbeData(
-        probe_stream,
-        data.names,
-        data.probed_tasks,
-        sub_batch_samples=probe.sub_batch_samples,
-        task_samples=probe.task_samples,
-        micro_batch_size=config.train.micro_batch_size,
-        data_parallel_rank=parallel.data_parallel_rank,
-        data_parallel_size=parallel.data_parallel_size,
-        microbatch_multiple=forward_backward.microbatch_multiple,
-    )
-    rollouts = None
-    if config.needs_rollouts:
-        rollout_data = RolloutData(
-            rollout_stream,
-            data.names,
-            [task.name for task in data.deciding_tasks],
-            probe_data.of_task,
-            global_batch_size=config.train.global_batch_size,
-            micro_batch_size=config.train.micro_batch_size,
-            data_parallel_rank=parallel.data_parallel_rank,
-            data_parallel_size=parallel.data_parallel_size,
-        )
-        rollouts = Rollouts(
-            forward_backward, optimizer, scheduler, rollout_data, on_progress=on_rollout
-        )
-    return Remixer(
-        InfluenceProbe(
-            forward_backward, optimizer, shards, probe_data, probe, on_progress=on_probe
-        ),
-        build_decider(config, data),
-        rollouts,
-        parallel,
-        config,
-        plan,
-    )
-
-
 def build_decider(config: MixtureSections, data: TrainingData) -> Decider:
-    """What decides at a boundary."""
+    """Return what decides at the boundaries of a run."""
     return Decider(
         config.remix,
         seed=config.probe.seed,

@@ -19,7 +19,7 @@ from numpy.typing import ArrayLike, NDArray
 from megatron_tikmix.data.dataset import BlendedDataset, DataParallelLoader
 from megatron_tikmix.data.domain_stream import DomainStream
 from megatron_tikmix.data.samples import Sample
-from megatron_tikmix.decision.audit import RolloutOutcomes
+from megatron_tikmix.decision.audit import RolloutCost, RolloutOutcomes
 from megatron_tikmix.errors import InputError, RolloutError, TrainingError
 from megatron_tikmix.measure.snapshot import TrainingSnapshot
 from megatron_tikmix.megatron.collectives import (
@@ -358,22 +358,6 @@ def _in_words(error: Exception) -> str:
 
 Solution = TypeVar("Solution")
 Probe = Callable[[ArrayLike], NDArray[np.float64]]
-
-
-@dataclass
-class RolloutCost:
-    """What all rollouts of a service have cost so far; the same on every rank.
-
-    Attributes:
-        rollouts: candidates measured, each repetition counted.
-        trained_tokens, evaluated_tokens, seconds: as in
-            :class:`~megatron_tikmix.measure.rollouts.RolloutOutcomes`.
-    """
-
-    rollouts: int = 0
-    trained_tokens: int = 0
-    evaluated_tokens: int = 0
-    seconds: float = 0.0
 
 
 class RolloutService:

@@ -229,6 +229,23 @@ class Goal:
             return cls(**{"gain": "log", "reference": floored(prior), **changes})
         raise InputError(f"preset is {preset!r}; it must be one of {', '.join(get_args(Preset))}")
 
+    def to_json(self) -> dict[str, Any]:
+        """Return all fields as plain values."""
+        reference, weights = self.reference, self.task_weights
+        return {
+            **vars(self),
+            "task_weights": None if weights is None else dict(weights),
+            "reference": None if reference is None else reference.to_json(),
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "Goal":
+        """Undo :meth:`to_json`, to the last bit."""
+        reference = data["reference"]
+        return cls(
+            **{**data, "reference": None if reference is None else Mixture.from_json(reference)}
+        )
+
     def objective(self, influence: InfluenceMatrix) -> "Objective":
         """Return L as a function of weights in the order of the matrix's domains.
 

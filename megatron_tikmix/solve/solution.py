@@ -1,5 +1,6 @@
 """What a solver returns: the mixture and how it came about."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -71,3 +72,15 @@ class MixtureSolution:
     def to_json(self) -> dict[str, Any]:
         """All fields as plain values."""
         return asdict(self) | {"mixture": self.mixture.to_json()}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "MixtureSolution":
+        """Undo :meth:`to_json`."""
+        certificate = data["certificate"]
+        return cls(
+            **{
+                **data,
+                "mixture": Mixture.from_json(data["mixture"]),
+                "certificate": None if certificate is None else Certificate(**certificate),
+            }
+        )

@@ -10,8 +10,8 @@ from megatron_tikmix.config import MixtureSections, RunConfig, launched_world
 from megatron_tikmix.data.builder import TrainingData
 from megatron_tikmix.data.dataset import BlendedDataset, DataParallelLoader
 from megatron_tikmix.errors import InputError, TrainingError
-from megatron_tikmix.measure.probe_plan import ProbePlan, plan_probe
-from megatron_tikmix.measure.remixer import Remixer, build_decider, make_remixer
+from megatron_tikmix.measure.probe_plan import plan_probe
+from megatron_tikmix.measure.remixer import Remixer, build_decider
 from megatron_tikmix.megatron.collectives import agree_on_input, left_alone
 from megatron_tikmix.megatron.groups import Parallel, initialize, shut_down
 from megatron_tikmix.megatron.model import build_model, kernels_in_use
@@ -204,7 +204,18 @@ def build(config: RunConfig, data: TrainingData, recorder: Recorder, parallel: P
             num_workers=config.data.num_workers or 0,
         ),
         tasks=data.tasks,
-        remixer=build_remixer(config, data, forward_backward, optimizer, scheduler, recorder, plan),
+        remixer=None
+        if plan is None
+        else Remixer.of(
+            config,
+            data,
+            forward_backward,
+            optimizer,
+            scheduler,
+            plan,
+            on_probe=recorder.probing,
+            on_rollout=recorder.rolling_out,
+        ),
         probe_plan=plan,
         boundaries=data.stage_boundaries(config),
         planned=data.planned,
@@ -241,27 +252,3 @@ def check_followed(data: TrainingData, state: TrainState, config: RunConfig) -> 
             f"checkpoint, which was trained without it; let it begin at sample "
             f"{state.consumed_samples} or later, or use another run_dir"
         )
-
-
-def build_remixer(
-    config: RunConfig,
-    data: TrainingData,
-    forward_backward: ForwardBackward,
-    optimizer: Any,
-    scheduler: Any,
-    recorder: Recorder,
-    plan: ProbePlan | None,
-) -> Remixer | None:
-    """What measures and decides at a boundary; None without a plan of a probe."""
-    if plan is None:
-        return None
-    return make_remixer(
-        config,
-        data,
-        forward_backward,
-        optimizer,
-        scheduler,
-        plan,
-        on_probe=recorder.probing,
-        on_rollout=recorder.rolling_out,
-    )

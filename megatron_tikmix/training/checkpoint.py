@@ -18,6 +18,7 @@ from megatron.core.utils import unwrap_model
 from megatron_tikmix.config import RunConfig
 from megatron_tikmix.config.sections import MAY_CHANGE
 from megatron_tikmix.data.builder import TrainingData
+from megatron_tikmix.decision.ledger import Ledger
 from megatron_tikmix.errors import InputError
 from megatron_tikmix.megatron.collectives import (
     agree_on_input,
@@ -219,7 +220,7 @@ class Checkpointer:
             "fingerprint": self._fingerprint,
             "schedule": state.schedule.to_json(),
             "domain_samples": state.schedule.domain_counts(state.consumed_samples).tolist(),
-            "ledger": state.ledger,
+            "ledger": state.ledger.to_json(),
         }
 
     def load_latest(self, state: TrainState, iteration: int | None = None) -> bool:
@@ -264,7 +265,7 @@ class Checkpointer:
         )
         known = record["schedule"]["domains"]
         state.added_domains = tuple(name for name in state.schedule.domains if name not in known)
-        state.ledger = record["ledger"]
+        state.ledger = Ledger.from_json(record["ledger"], self._files.folder.parent)
         check_same_on_all_ranks(state.schedule.digest(), "the mixture schedule", self._parallel)
         return True
 

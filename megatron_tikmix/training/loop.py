@@ -15,6 +15,7 @@ from megatron_tikmix.data.dataset import DataParallelLoader
 from megatron_tikmix.data.domain_stream import DomainStream
 from megatron_tikmix.data.tasks import Task
 from megatron_tikmix.decision.decide import Boundary, Decision
+from megatron_tikmix.decision.ledger import StageRow
 from megatron_tikmix.errors import TrainingError
 from megatron_tikmix.measure.probe_plan import ProbePlan
 from megatron_tikmix.measure.remixer import Remixer
@@ -165,7 +166,7 @@ def add_domains(run: Run) -> None:
     """Open a stage in which domains added on resuming have their share of the initial mixture.
     Collective."""
     state, initial = run.state, run.initial_mixture
-    former = Mixture(state.ledger[-1]["weights"])
+    former = state.ledger[-1].mixture
     rest = 1 - sum(initial[name] for name in state.added_domains)
     mixture = Mixture(
         {
@@ -333,37 +334,28 @@ def open_stage(run: Run, decision: Decision | None, task_loss: dict[str, float])
     stage = state.schedule.stages[-1]
     mixture: Mixture = state.schedule.mixture(-1)
     samples = dict(zip(run.domains, stage.start_counts_D.tolist(), strict=True))
-    row: dict[str, Any] = {
-        "stage": len(state.ledger),
-        "start_iteration": state.iteration,
-        "start_sample": state.consumed_samples,
-        "source": "initial" if not state.ledger else "kept",
-        "reason": _first_reason(run) if not state.ledger else "remix.policy is static",
-        "weights": mixture.to_json(),
-        "effective_domains": mixture.effective_domains,
-        "influence": None,
-        "influence_se": None,
-        "task_loss": task_loss,
-        "domain_samples": samples,
-        "domain_epochs": epochs(run, samples),
-        "curvature": None,
-        "total_variation": None,
-        "total_variation_noise": None,
-        "probe_tokens": 0,
-        "probe_seconds": 0.0,
-        "solution": None,
-        "bank": None,
-        "rank_stability": None,
-        "rollout": None,
-        "audit": None,
+    fields: dict[str, Any] = {
+        "source": "kept" if state.ledger else "initial",
+        "reason": "remix.policy is static" if state.ledger else _first_reason(run),
     }
-    if state.ledger:
-        before = state.ledger[-1]["weights"]
-        former = Mixture({name: before.get(name, 0.0) for name in run.domains})
-        row["total_variation"] = mixture.total_variation(former)
     if decision is not None:
-        row |= decision.to_json()
-    state.ledger.append(row)
+        fields = decision.fields_of_row()
+    if state.ledger:
+        before = state.ledger[-1].weights
+        former = Mixture({name: before.get(name, 0.0) for name in run.domains})
+        fields["total_variation"] = mixture.total_variation(former)
+    state.ledger.append(
+        StageRow(
+            stage=len(state.ledger),
+            start_iteration=state.iteration,
+            start_sample=state.consumed_samples,
+            weights=mixture.to_json(),
+            task_loss=task_loss,
+            domain_samples=samples,
+            domain_epochs=epochs(run, samples),
+            **fields,
+        )
+    )
     run.recorder.stage(state.ledger)
 
 

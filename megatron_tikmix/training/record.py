@@ -18,6 +18,7 @@ import yaml
 
 import megatron_tikmix
 from megatron_tikmix.config import RunConfig
+from megatron_tikmix.decision.ledger import LEDGER, Ledger, filed
 from megatron_tikmix.errors import InputError
 from megatron_tikmix.megatron.groups import Parallel
 from megatron_tikmix.monitoring.files import RunFiles, append_jsonl, json_line, read_jsonl
@@ -89,7 +90,7 @@ class Recorder:
         self._terminal: Terminal | None = None
         self._tensorboard: TensorBoardWriter | None = None
         self._metrics = RowFile(self._folder / "metrics.jsonl")
-        self._ledger = RowFile(self._folder / "mixture.jsonl")
+        self._ledger = RowFile(self._folder / LEDGER)
         self._weights: Mapping[str, float] | None = None  # in force
 
     def open_folder(self) -> None:
@@ -123,7 +124,7 @@ class Recorder:
             dropped = self._reconcile(state)
             start = start_row(self._config, self._parallel, state.iteration)
             append_jsonl(self._folder / "starts.jsonl", start)
-            self._weights = state.ledger[-1]["weights"] if state.ledger else None
+            self._weights = state.ledger[-1].weights if state.ledger else None
             # What an earlier start wrote from here on is hidden.
             self._tensorboard = self._events(state.iteration + 1 if state.iteration else 0)
             self._tensorboard.hparams(yaml.safe_load(self._resolved))
@@ -166,18 +167,34 @@ class Recorder:
         if self._terminal:
             self._terminal.status(f"rollouts: {done}/{total}")
 
-    def stage(self, ledger: list[Row]) -> None:
-        """The ledger's last row, which has just been added."""
+    def stage(self, ledger: Ledger) -> None:
+        """Write down the ledger's last row, which has just been added.
+
+        What was measured goes to a bank file first, which the row, and every checkpoint from here
+        on, then refers to. Where the disk has no room for one it stays in the row.
+        """
         if not self._terminal:
             return
+        try:
+            ledger.replace_last(filed(ledger[-1], self._folder))
+        except OSError as error:
+            _log.error(
+                "THE BANK OF STAGE %d WAS NOT WRITTEN: %s; training goes on, and what was measured "
+                "is kept in the row of %s",
+                ledger[-1].stage,
+                error.strerror,
+                LEDGER,
+            )
         row, former = ledger[-1], ledger[-2] if len(ledger) > 1 else None
-        written = self._ledger.append(row)
-        self._to_tensorboard(lambda events: events.stage(row, former), written)
-        self._weights = row["weights"]
+        written = self._ledger.append(row.to_json())
+        self._to_tensorboard(
+            lambda events: events.stage(row.to_json(), former and former.to_json()), written
+        )
+        self._weights = row.weights
         if former is not None:
             length = self._config.data.sequence_length
-            tokens = {name: count * length for name, count in row["domain_samples"].items()}
-            self._terminal.boundary(former, row, tokens)
+            tokens = {name: count * length for name, count in row.domain_samples.items()}
+            self._terminal.boundary(former.to_json(), row.to_json(), tokens)
 
     def finish(self, stop_reason: str | None, iteration: int) -> None:
         """Write the report, and say where everything is and what the probes cost.
@@ -249,11 +266,11 @@ class Recorder:
 
     def _reconcile(self, state: TrainState) -> int:
         """Bring the files back to the checkpoint; the number of rows that were beyond it."""
-        metrics, ledger = self._folder / "metrics.jsonl", self._folder / "mixture.jsonl"
+        metrics, ledger = self._folder / "metrics.jsonl", self._folder / LEDGER
         rows, stages = read_jsonl(metrics), read_jsonl(ledger)
         kept = [row for row in rows if row["iteration"] <= state.iteration]
         beyond = len(rows) - len(kept) + max(0, len(stages) - len(state.ledger))
-        for path, content in ((metrics, kept), (ledger, state.ledger)):
+        for path, content in ((metrics, kept), (ledger, state.ledger.to_json())):
             text = "".join(json_line(row) for row in content)
             if not path.exists() or path.read_text(encoding="utf-8") != text:
                 write_whole(path, text)

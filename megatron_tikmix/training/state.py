@@ -2,8 +2,8 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
+from megatron_tikmix.decision.ledger import Ledger
 from megatron_tikmix.mixture.schedule import MixtureSchedule
 
 SMOOTHING = 0.1
@@ -58,7 +58,7 @@ class TrainState:
 
     Attributes:
         schedule: the mixture's stages so far; with the seed it fixes the order of samples.
-        ledger: one record a stage, as in mixture.jsonl. Every rank counts stages by it; what
+        ledger: a row a stage, as in mixture.jsonl. Every rank counts stages by it; what
             only the main rank knows of a decision is missing on the others.
         skipped_iterations: steps that megatron-core's optimizer did not apply.
         added_domains: that the checkpoint did not know, and that have no weight yet.
@@ -70,7 +70,7 @@ class TrainState:
     consumed_samples: int = 0
     skipped_iterations: int = 0
     spikes: LossSpikes = field(default_factory=LossSpikes)
-    ledger: list[dict[str, Any]] = field(default_factory=list)
+    ledger: Ledger = field(default_factory=Ledger)
     added_domains: tuple[str, ...] = ()
 
     @property

@@ -7,6 +7,7 @@ import pytest
 
 from megatron_tikmix.config import ConstraintsConfig, RemixConfig
 from megatron_tikmix.decision.decide import Boundary, Decider, Decision, completed
+from megatron_tikmix.decision.ledger import Measured, StageRow
 from megatron_tikmix.errors import InputError, RolloutError
 from megatron_tikmix.influence.bank import SubBatchBank
 from megatron_tikmix.influence.matrix import OWN_ROW, InfluenceMatrix, joint_influence
@@ -171,13 +172,19 @@ def test_diversity_is_measured_from_the_mixture_in_force_if_asked() -> None:
     assert stays.solution.total_variation < 1e-7
 
 
-def row_of(bank: SubBatchBank) -> dict[str, Any]:
-    return {"bank": bank.to_json()}
+def row_of(bank: SubBatchBank | None, stage: int = 0) -> StageRow:
+    return StageRow(
+        stage=stage,
+        start_iteration=0,
+        start_sample=0,
+        weights=Mixture.uniform(DOMAINS),
+        measured=bank and Measured(bank),
+    )
 
 
 def test_smoothing_averages_over_the_ledger() -> None:
     other_VD = USEFUL_VD[:, ::-1]
-    ledger = [{"bank": None}, row_of(bank_of(0.01, 1, other_VD))]
+    ledger = [row_of(None), row_of(bank_of(0.01, 1, other_VD), 1)]
     alone = decider().decide(bank_of(0.01), boundary(ledger=ledger))
     averaged = decider(smoothing=0.5).decide(bank_of(0.01), boundary(ledger=ledger))
     assert alone.influence is not None
