@@ -1,4 +1,4 @@
-"""The seams of the package: which folder may import what."""
+"""The seams of the package: which folder may import what, at every level of folders."""
 
 import ast
 import subprocess
@@ -11,21 +11,36 @@ import pytest
 PACKAGE = Path(__file__).parents[2] / "megatron_tikmix"
 
 # Folders, lowest first: each may import those before it, and nothing after it.
-ALLOWED = {
-    "mixing": set(),
-    "influence": {"mixing"},
-    "parallel": set(),
-    "data": {"mixing", "parallel"},
-    "monitoring": {"mixing"},
-    "training": {"mixing", "influence", "parallel", "data", "monitoring"},
+ABOVE = ["mixture", "influence", "solve", "decision"]
+"""The half that a notebook on a laptop needs: numpy, scipy, Clarabel and LightGBM."""
+
+MAY_IMPORT = {
+    "mixture": [],
+    "influence": ["mixture"],
+    "solve": ["mixture", "influence"],
+    "decision": ["mixture", "influence", "solve"],
+    "monitoring": ABOVE,
+    "config": ABOVE,
+    "data": [*ABOVE, "config", "megatron"],
+    "prepare": [*ABOVE, "config", "data"],
+    "megatron": [*ABOVE, "config", "data"],
+    "measure": [*ABOVE, "config", "data", "megatron"],
+    "training": [*ABOVE, "config", "data", "megatron", "measure", "monitoring"],
+    "hosts": [*ABOVE, "config", "data", "megatron", "measure", "training"],
+    "cli": [*ABOVE, "monitoring", "config", "data", "prepare", "megatron", "measure", "training"],
 }
-FORBIDDEN = {
-    "mixing": ("torch", "megatron."),
-    "influence": ("torch.distributed", "megatron."),
-    "monitoring": ("torch.distributed", "megatron."),
-}
-# The only files that may touch private names of megatron-core.
-PRIVATE = {"parallel/cpu.py", "training/optimizer_state.py"}
+WITHOUT_TORCH = [*ABOVE, "monitoring"]
+
+TENSORBOARD = "torch.utils.tensorboard"
+"""What monitoring may import of torch: the writer of event files."""
+
+DISTRIBUTED = {"megatron"}
+PRIVATE = {"megatron/cpu.py", "measure/shards.py"}
+"""The only files that may touch private names of megatron-core."""
+
+
+def modules(folder: str = "") -> list[Path]:
+    return sorted((PACKAGE / folder).rglob("*.py"))
 
 
 def imports(path: Path) -> Iterator[str]:
@@ -37,29 +52,53 @@ def imports(path: Path) -> Iterator[str]:
             yield str(node.module)
 
 
-@pytest.mark.parametrize("folder", ALLOWED)
+def test_every_folder_has_its_place() -> None:
+    folders = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
+    assert folders == set(MAY_IMPORT)
+
+
+@pytest.mark.parametrize("folder", MAY_IMPORT)
 def test_folders_import_only_what_lies_below(folder: str) -> None:
-    for path in (PACKAGE / folder).glob("*.py"):
+    roots = {path.stem for path in PACKAGE.glob("*.py")}
+    assert modules(folder)
+    for path in modules(folder):
         for name in imports(path):
             if name.startswith("megatron_tikmix."):
                 other = name.split(".")[1]
-                ours = ALLOWED[folder] | {folder, "errors", "seeds", "config"}
-                assert other in ours, f"{path} imports {name}"
-            for word in FORBIDDEN.get(folder, ()):
-                assert not (name + ".").startswith(word.rstrip(".") + "."), f"{path} imports {name}"
+                assert other in {*MAY_IMPORT[folder], folder, *roots}, f"{path} imports {name}"
 
 
-def test_torch_distributed_is_imported_in_parallel_only() -> None:
+def test_no_two_folders_import_each_other() -> None:
+    """`data` and `megatron` are the exception: loaders know ranks, and steps know samples."""
+    pairs = [
+        (a, b)
+        for a, others in MAY_IMPORT.items()
+        for b in others
+        if a in MAY_IMPORT[b] and {a, b} != {"data", "megatron"}
+    ]
+    assert pairs == []
+
+
+@pytest.mark.parametrize("folder", WITHOUT_TORCH)
+def test_the_upper_half_needs_neither_torch_nor_megatron(folder: str) -> None:
+    for path in modules(folder):
+        for name in imports(path):
+            if folder == "monitoring" and name.startswith(TENSORBOARD):
+                continue
+            assert name.split(".")[0] not in ("torch", "megatron"), f"{path} imports {name}"
+
+
+def test_torch_distributed_is_imported_in_one_folder_only() -> None:
     users = {
-        str(path.relative_to(PACKAGE))
-        for path in PACKAGE.rglob("*.py")
+        path.relative_to(PACKAGE).parts[0]
+        for path in modules()
         if any(name.startswith("torch.distributed") for name in imports(path))
     }
-    assert {user.split("/")[0] for user in users} <= {"parallel"}
+    assert users <= DISTRIBUTED
 
 
 def test_private_names_of_megatron_are_imported_in_two_files_only() -> None:
-    for path in PACKAGE.rglob("*.py"):
+    for path in modules():
         if str(path.relative_to(PACKAGE)) in PRIVATE:
             continue
         for node in ast.walk(ast.parse(path.read_text())):
@@ -68,6 +107,11 @@ def test_private_names_of_megatron_are_imported_in_two_files_only() -> None:
                 assert not private, f"{path} imports {private}"
 
 
-def test_mixing_needs_no_torch() -> None:
-    code = "import megatron_tikmix.mixing, sys; sys.exit('torch' in sys.modules)"
+def test_a_fresh_interpreter_decides_without_torch() -> None:
+    code = (
+        "import sys\n"
+        "import megatron_tikmix.decision.decide, megatron_tikmix.decision.explain\n"
+        "import megatron_tikmix.mixture.schedule_file, megatron_tikmix.monitoring.report\n"
+        "sys.exit(any(name.split('.')[0] in ('torch', 'megatron') for name in sys.modules))"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)
