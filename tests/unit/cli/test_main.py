@@ -3,6 +3,7 @@
 import ast
 import importlib
 import re
+import runpy
 import subprocess
 import sys
 
@@ -86,6 +87,14 @@ def test_tools_launch_the_commands(run_tool, tool, command):
     result = run_tool(tool, "--help")
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith(f"usage: tikmix {command} [-h]")
+
+
+@pytest.mark.parametrize(
+    "path", ["megatron_tikmix/cli/__main__.py", *(f"tools/{t}" for t in LAUNCHERS)]
+)
+def test_worker_processes_can_import_the_program(path):
+    """Those of `preprocess` run the file that was started once more, under this name."""
+    runpy.run_path(str(ROOT / path), run_name="__mp_main__")
 
 
 @pytest.mark.parametrize("folder", ["nowhere", "empty"])
