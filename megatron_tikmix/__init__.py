@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_tikmix.megatron.cpu import install as _install
 
-if TYPE_CHECKING:  # the same names, for mypy and editors; tests/unit/test_api.py compares
+if TYPE_CHECKING:  # the same names, for mypy and editors; tests/unit/test_api.py compares both
     from megatron_tikmix.config import HostedConfig as HostedConfig
     from megatron_tikmix.data.builder import TrainingData as TrainingData
     from megatron_tikmix.data.dataset import BlendedDataset as BlendedDataset
@@ -33,6 +33,15 @@ if TYPE_CHECKING:  # the same names, for mypy and editors; tests/unit/test_api.p
     from megatron_tikmix.solve.solution import MixtureSolution as MixtureSolution
     from megatron_tikmix.solve.tikmix_d import solve_tikmix_d as solve_tikmix_d
     from megatron_tikmix.solve.tikmix_m import solve_tikmix_m as solve_tikmix_m
+else:  # not seen by mypy, which would take any name at all for public
+
+    def __getattr__(name: str) -> Any:
+        if name not in _MODULES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+        globals()[name] = value  # asked for once
+        return value
+
 
 __version__ = "0.1.0"
 
@@ -63,14 +72,6 @@ _MODULES = {
 """Every public name, and the module of this package that it comes from."""
 
 __all__ = list(_MODULES)
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
-    globals()[name] = value  # asked for once
-    return value
 
 
 def __dir__() -> list[str]:
