@@ -16,6 +16,7 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["megatron_tikmix", "megatron_tikmix.*"]),
     package_data={"megatron_tikmix": ["py.typed"]},
+    entry_points={"console_scripts": ["tikmix = megatron_tikmix.cli.main:main"]},
     # One line of reason for each dependency.
     install_requires=[
         "torch>=2.6",  # tensors, autograd, process groups

@@ -323,7 +323,7 @@ def build_parser() -> argparse.ArgumentParser:
         epilog="""\
 example:
   python tools/build_corpus.py --output data/corpus
-  python tools/preprocess_data.py --input data/corpus --output data/tokens \\
+  tikmix preprocess --input data/corpus --output data/tokens \\
       --train_tokenizer --vocab_size 2048
 """,
     )

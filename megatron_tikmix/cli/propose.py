@@ -1,13 +1,26 @@
-"""A mixture proposed for a model that is there already: a probe and a decision, no training.
+"""Propose a mixture for a model that is there already: probe and decide at a checkpoint.
 
-The checkpoint gives the parameters and the optimizer's second moments; the configuration gives the
-domains and the tasks. Nothing of the run is written to.
+  tikmix propose RUN_DIR [--iteration N] [--json FILE] [--section.field value ...]
+  torchrun --nproc-per-node 8 -m megatron_tikmix.cli propose RUN_DIR ...
+
+Nothing is trained, and nothing of the run is changed. Parameters and the optimizer's second
+moments come from a checkpoint in RUN_DIR (the newest one, or that of --iteration), everything else
+from RUN_DIR/config.yaml and the options that override it: other tasks, other domains
+(--data.manifest, --data.domains; the tokenizer must be the model's), another layout, a larger probe
+(--probe.sub_batches), --remix.constraints....
+
+On standard output, one line: the mixture as Megatron-LM takes it, --data-path WEIGHT PREFIX ...
+On standard error: influence with its errors, what would move, and why. --json writes all of it.
 """
 
+import argparse
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from rich.console import Console
 
 from megatron_tikmix.config import RunConfig, launched_world, load_config
 from megatron_tikmix.data.builder import TrainingData
@@ -18,6 +31,9 @@ from megatron_tikmix.measure.probe_plan import plan_probe
 from megatron_tikmix.measure.remixer import Remixer
 from megatron_tikmix.megatron.groups import Parallel, initialize, shut_down
 from megatron_tikmix.mixture.mixture import Mixture
+from megatron_tikmix.monitoring.files import json_line
+from megatron_tikmix.monitoring.tables import boundary_table
+from megatron_tikmix.monitoring.words import decision_in_words
 from megatron_tikmix.training.build import (
     build_checkpointer,
     build_training,
@@ -25,6 +41,49 @@ from megatron_tikmix.training.build import (
 )
 from megatron_tikmix.training.checkpoint import fingerprint
 from megatron_tikmix.training.state import TrainState
+
+MOST_TASKS = 6
+"""Tasks with a column of their own in the table."""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="tikmix propose",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        epilog="Every --section.field of the configuration overrides that of the run: "
+        "python -m megatron_tikmix --help explains them.",
+    )
+    parser.add_argument("run_dir", metavar="RUN_DIR")
+    parser.add_argument(
+        "--iteration", type=int, metavar="N", help="the checkpoint's (default: the newest)"
+    )
+    parser.add_argument("--json", metavar="FILE", type=Path, help="write the proposal as JSON")
+    return parser
+
+
+def main(argv: Sequence[str]) -> int:
+    arguments, overrides = build_parser().parse_known_args(argv)
+    if arguments.json is not None and not arguments.json.parent.is_dir():
+        raise InputError(f"--json {arguments.json}: there is no folder {arguments.json.parent}")
+    config = read_config(arguments.run_dir, overrides)
+    proposal, is_main = propose(config, arguments.iteration)
+    if is_main:
+        if arguments.json is not None:
+            arguments.json.write_text(json_line(proposal.to_json()), encoding="utf-8")
+        print_proposal(proposal)
+    return 0
+
+
+def print_proposal(proposal: "Proposal") -> None:
+    """Print the mixture on standard output, and how it came about on standard error."""
+    console = Console(stderr=True, width=None if sys.stderr.isatty() else 100)
+    before = {"weights": proposal.at.prior.to_json()}
+    for part in boundary_table(before, proposal.row, {}, console.width, MOST_TASKS):
+        console.print(part)
+    console.print(decision_in_words(None, proposal.row), markup=False, highlight=False)
+    print("--data-path", *proposal.data_path)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,7 +19,7 @@ class DataConfig:
     """Training domains."""
 
     manifest: str
-    """The domain manifest (YAML) that tools/preprocess_data.py wrote."""
+    """The domain manifest (YAML) that `tikmix preprocess` wrote."""
 
     sequence_length: int = 1024
     """Tokens of one sample."""

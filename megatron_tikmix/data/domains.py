@@ -1,6 +1,6 @@
 """The domain manifest: which domains there are, in which files, and how large they are.
 
-``tools/preprocess_data.py`` writes it beside the ``.bin/.idx`` files; training reads it::
+``tikmix preprocess`` writes it beside the ``.bin/.idx`` files; training reads it::
 
     tokenizer: tokenizer.json
     vocab_size: 2048
@@ -222,7 +222,7 @@ def _read_yaml(path: Path) -> object:
         return yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise InputError(
-            f"{path}: no such domain manifest; write one with tools/preprocess_data.py"
+            f"{path}: no such domain manifest; write one with tikmix preprocess"
         ) from error
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from error

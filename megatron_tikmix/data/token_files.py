@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from megatron_tikmix.errors import InputError
 
-AGAIN = "run tools/preprocess_data.py again"
+AGAIN = "run tikmix preprocess again"
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")  # magic, version, token type, sequences, document bounds

@@ -1,6 +1,6 @@
 """report.html: what a run trained on, why, and what came of it, on one page that needs no network.
 
-    python -m megatron_tikmix.monitoring.report RUN_DIR [--baseline RUN_DIR]
+    tikmix report RUN_DIR [--baseline RUN_B]
 
 Made from the run directory alone, so it can be made while the run goes on, and on any machine.
 """
@@ -182,7 +182,7 @@ def mixture(history: RunHistory) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Write the report of the run directory named on the command line; say where it is."""
     parser = argparse.ArgumentParser(
-        prog="python -m megatron_tikmix.monitoring.report",
+        prog="tikmix report",
         description="Write RUN_DIR/report.html, also while the run goes on.",
     )
     parser.add_argument("run_dir", metavar="RUN_DIR")
@@ -332,7 +332,7 @@ HINT = (
     "What made the solver's answer differ from the mixture before, in points of weight; the parts "
     "add up to the change. Gain is summed over tasks; what multiplies all weights alike, so that "
     "they sum to 1, is under all alike. Noise is one standard error of gain and uniformity, at "
-    "most. inspect_run.py why has every task."
+    "most. tikmix inspect why has every task."
 )
 
 

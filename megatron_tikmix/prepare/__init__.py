@@ -1,4 +1,4 @@
-"""From text on disk to `.bin/.idx` files and a manifest; `tools/preprocess_data.py` is its command.
+"""From text on disk to `.bin/.idx` files and a manifest; `tikmix preprocess` is its command.
 
 ::
 

@@ -216,8 +216,7 @@ class Recorder:
             write_report(self._folder)
         except OSError as error:
             _log.error(
-                "THE REPORT WAS NOT WRITTEN: %s; make room, and run "
-                "python -m megatron_tikmix.monitoring.report %s",
+                "THE REPORT WAS NOT WRITTEN: %s; make room, and run tikmix report %s",
                 error,
                 self._folder,
             )

@@ -144,7 +144,9 @@ def test_refusals_name_file_and_field(tmp_path, content, message):
 
 def test_refuses_a_missing_manifest_and_bytes_that_are_not_text(tmp_path):
     path = tmp_path / "domains.yaml"
-    with pytest.raises(InputError, match="no such domain manifest; write one with tools/"):
+    with pytest.raises(
+        InputError, match="no such domain manifest; write one with tikmix preprocess"
+    ):
         DomainManifest.load(path)
     path.write_bytes(b"\xff\xfe")
     with pytest.raises(InputError, match="not valid UTF-8"):
@@ -214,7 +216,7 @@ def test_bin_of_another_size(manifest, change, said):
     with pytest.raises(InputError) as refusal:
         check(manifest)
     assert str(refusal.value) == (
-        f"{path} is {said} than its .idx says; run tools/preprocess_data.py again"
+        f"{path} is {said} than its .idx says; run tikmix preprocess again"
     )
 
 
@@ -266,6 +268,6 @@ def test_idx_without_documents(tmp_path, megatron):
 def test_manifest_that_does_not_fit_the_files(manifest, field, found):
     content = changed("domains", "code", "train", field, value=99)
     other = DomainManifest.load(write_manifest(manifest.path.parent, content))
-    said = f"domains.code.train.{field} is 99, but .*idx says {found}; run tools/preprocess_data"
+    said = f"domains.code.train.{field} is 99, but .*idx says {found}; run tikmix preprocess"
     with pytest.raises(InputError, match=said):
         check(other)

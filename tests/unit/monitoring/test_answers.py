@@ -1,15 +1,14 @@
-"""What inspect_run.py answers: terms of a decision against numerical slopes, the rest by hand."""
+"""``tikmix inspect``: terms of a decision against numerical slopes, the rest by hand."""
 
-import importlib.util
 import json
 import re
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
 
+from megatron_tikmix.cli.main import main
 from megatron_tikmix.decision.explain import explain
 from megatron_tikmix.errors import InputError
 from megatron_tikmix.influence.matrix import InfluenceMatrix
@@ -19,7 +18,6 @@ from megatron_tikmix.monitoring.files import append_jsonl
 from tests.make_run import make_run
 from tests.solving import limited, solve_d
 
-TOOL = Path(__file__).parents[3] / "tools" / "inspect_run.py"
 DOMAINS, TASKS = ["b", "a", "junk"], ["u", "t"]
 VALUES_VD = np.array([[0.3, 2.0, 0.1], [5.0, 1.0, -1.0]])
 ERRORS_VD = np.array([[0.2, 0.1, 0.1], [0.5, 0.5, 0.25]])
@@ -198,22 +196,13 @@ def test_what_cannot_be_explained_is_said(tmp_path):
         explain(history, "a")
 
 
-def load_tool():
-    spec = importlib.util.spec_from_file_location("inspect_run", TOOL)
-    assert spec is not None
-    assert spec.loader is not None
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
-    return tool
-
-
 @pytest.mark.parametrize("stage", [[], ["--stage", "1"]])
 def test_a_domain_added_after_the_boundary_is_said_to_be(tmp_path, capsys, stage):
     run_of_one_decision(tmp_path)
     added = {"start_iteration": 15, "start_sample": 200, "source": "added"}
     weights = {"b": 0.25, "a": 0.25, "junk": 0.25, "new": 0.25}
     append_jsonl(tmp_path / "mixture.jsonl", {"stage": 2, **added, "weights": weights})
-    assert load_tool().main(["why", str(tmp_path), "new", *stage]) == 2
+    assert main(["inspect", "why", str(tmp_path), "new", *stage]) == 2
     told = capsys.readouterr().err
     assert told.startswith("error: stage 1: domain new was added later, with stage 2; ask of")
     assert told.count("\n") == 1
@@ -274,30 +263,29 @@ def test_runs_are_compared_at_equal_samples(tmp_path):
     assert told["settings"] == [{"setting": "train.global_batch_size", "first": 4, "second": 8}]
 
 
-def test_the_tool_prints_tables_json_and_errors(tmp_path, capsys):
-    tool = load_tool()
+def test_the_command_prints_tables_json_and_errors(tmp_path, capsys):
     run_of_one_decision(tmp_path)
     for command in (["summary"], ["mixture"], ["influence"], ["why", "junk"], ["compare"]):
         arguments = [command[0], str(tmp_path), *(command[1:] or [str(tmp_path)])]
         if command[0] in ("summary", "mixture", "influence"):
             arguments = arguments[:2]
-        assert tool.main(arguments) == 0
+        assert main(["inspect", *arguments]) == 0
         assert "junk" in capsys.readouterr().out
-        assert tool.main([*arguments, "--json"]) == 0
+        assert main(["inspect", *arguments, "--json"]) == 0
         assert isinstance(json.loads(capsys.readouterr().out), dict)
-    assert tool.main(["why", str(tmp_path), "junk"]) == 0
+    assert main(["inspect", "why", str(tmp_path), "junk"]) == 0
     told = capsys.readouterr().out
     (total,) = re.findall(r"^sum +[+−]0\.000 +([+−][\d.]+)", told, re.MULTILINE)
     parts = re.findall(r"^(?:gain|unif|diver|active|all)[^+−–]+(?:[+−][\d.]+|–) +(\S+)", told, re.M)
     added = sum(float(part.replace("−", "-")) for part in parts)
     assert added == pytest.approx(float(total.replace("−", "-")), abs=0.04)  # as rounded
-    assert tool.main(["report", str(tmp_path)]) == 0
+    assert main(["report", str(tmp_path)]) == 0
     assert capsys.readouterr().out == f"{tmp_path / 'report.html'}\n"
     with open(tmp_path / "mixture.jsonl", "a") as file:
         file.write('{"stage": 2, "wei')  # being written at this moment
-    assert tool.main(["summary", str(tmp_path)]) == 0
+    assert main(["inspect", "summary", str(tmp_path)]) == 0
     (tmp_path / "empty").mkdir()
     for folder, words in (("nowhere", "is not a directory"), ("empty", "no mixture.jsonl")):
         capsys.readouterr()
-        assert tool.main(["summary", str(tmp_path / folder)]) == 2
+        assert main(["inspect", "summary", str(tmp_path / folder)]) == 2
         assert words in capsys.readouterr().err

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from megatron_tikmix.cli.main import main
 from megatron_tikmix.data.domains import DomainManifest
 from megatron_tikmix.data.jsonl import BadDocument
 from megatron_tikmix.data.tokenizer import TokenizerFiles
@@ -21,11 +22,7 @@ from megatron_tikmix.errors import InputError
 from megatron_tikmix.prepare import pipeline
 from megatron_tikmix.prepare.parts import PartWriter
 from megatron_tikmix.prepare.readers import Document, Reading, documents, parts_of
-from tests.conftest import ROOT, write_tokens, write_word_tokenizer
-
-sys.path.insert(0, str(ROOT / "tools"))
-
-import preprocess_data
+from tests.conftest import write_tokens, write_word_tokenizer
 
 TEXTS = [f"w{n} " * (1 + n % 7) for n in range(1, 60)]
 
@@ -172,7 +169,7 @@ def run(text: Path, output: str, *options: object) -> int:
     command += ["--eod_token", "w0", "--part_bytes", 300, *options]
     if "--adopt" not in options:
         command += ["--input", text]
-    return preprocess_data.main([str(each) for each in command])
+    return main(["preprocess", *map(str, command)])
 
 
 def published(text: Path, output: str) -> dict[str, bytes]:
@@ -294,7 +291,7 @@ def test_what_another_run_has_unfinished_stays(text: Path) -> None:
     others = [each for value in inputs for each in ("--input", value)]
     output = text.parent / "out"
     command = ["--tokenizer_library", "byte-level", "--output", str(output), *others]
-    assert preprocess_data.main([*command, "--shard", "0/1"]) == 0
+    assert main(["preprocess", *command, "--shard", "0/1"]) == 0
     unfinished = output / ".unfinished"
     (unfinished / "tokenizer-0123456789abcdef").mkdir()
     there = set(unfinished.iterdir())
@@ -302,7 +299,7 @@ def test_what_another_run_has_unfinished_stays(text: Path) -> None:
     assert run(text, "out", "--shard", "0/1") == 0
     train.write_bytes(jsonl(["w1"]))  # what was made of its former content goes
     options = ["--output", str(output), "--input", str(text), "--train_tokenizer"]
-    assert preprocess_data.main([*options, "--vocab_size", "300"]) == 0
+    assert main(["preprocess", *options, "--vocab_size", "300"]) == 0
     assert set(unfinished.iterdir()) == there
 
 
@@ -314,9 +311,9 @@ def test_a_domain_can_be_added_later_and_another_tokenizer_is_refused(
     assert run(text, "out") == 0
     options = ["--tokenizer_library", "byte-level", "--output", str(text.parent / "out")]
     options += ["--input", f"c:train={more}"]
-    assert preprocess_data.main(options) == 2
+    assert main(["preprocess", *options]) == 2
     assert "lists a:train, b:train, b:validation, made with another" in capsys.readouterr().err
-    assert preprocess_data.main([*options, "--replace"]) == 0
+    assert main(["preprocess", *options, "--replace"]) == 0
     manifest = manifest_of(text, "out")
     assert list(manifest.domains) == ["c"]
     assert manifest.tokenizer is not None
@@ -401,13 +398,13 @@ def test_a_folder_of_transformers_needs_transformers(
     write_word_tokenizer(folder / "tokenizer.json")
     (folder / "tokenizer_config.json").write_text('{"eos_token": {"content": "w7"}}')
     command = ["--output", str(text.parent / "out"), "--input", str(text)]
-    assert preprocess_data.main([*command, "--tokenizer", str(folder)]) == 0
+    assert main(["preprocess", *command, "--tokenizer", str(folder)]) == 0
     assert manifest_of(text, "out").eod == 7
 
 
 def run_with_folder(text: Path, output: Path, folder: Path, *options: object) -> int:
     command = ["--output", output, "--tokenizer", folder, "--eod_token", "w0", *options]
-    return preprocess_data.main([str(each) for each in command])
+    return main(["preprocess", *map(str, command)])
 
 
 def model_folder(folder: Path, **files: str) -> Path:

@@ -1,15 +1,15 @@
-"""tools/checkpoint.py, over checkpoints whose record is written here by hand."""
+"""``tikmix checkpoint``, over checkpoints whose record is written here by hand."""
 
 import json
 from pathlib import Path
 
 import pytest
 
+from megatron_tikmix.cli.main import main
 from megatron_tikmix.mixture.mixture import Mixture
 from megatron_tikmix.mixture.schedule import MixtureSchedule
 from megatron_tikmix.training.checkpoint_files import RECORD, CheckpointFolder, measured
 from tests.unit.training.test_checkpoint_files import flip_a_bit
-from tools.checkpoint import main
 
 
 @pytest.fixture
@@ -40,26 +40,26 @@ def run_dir(tmp_path: Path) -> Path:
 
 
 def test_list(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["list", str(run_dir), "--json"]) == 0
+    assert main(["checkpoint", "list", str(run_dir), "--json"]) == 0
     answer = json.loads(capsys.readouterr().out)
     assert answer["latest"] == 2
     rows = [(row["iteration"], row["consumed_samples"]) for row in answer["checkpoints"]]
     assert rows == [(1, 8), (2, 16)]
-    assert main(["list", str(run_dir)]) == 0
+    assert main(["checkpoint", "list", str(run_dir)]) == 0
     assert "2 × 1 × 4" in capsys.readouterr().out
 
 
 def test_verify_names_what_is_damaged(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["verify", str(run_dir)]) == 0
+    assert main(["checkpoint", "verify", str(run_dir)]) == 0
     assert capsys.readouterr().out.count(": whole") == 2
     shard = run_dir / "checkpoints" / "iter_0000001" / "__0_0.distcp"
     flip_a_bit(shard)
-    assert main(["verify", str(run_dir)]) == 1
+    assert main(["checkpoint", "verify", str(run_dir)]) == 1
     out = capsys.readouterr().out
     assert f"{shard} does not have the checksum that it was written with" in out
-    assert main(["verify", str(shard.parent), "--json"]) == 1
+    assert main(["checkpoint", "verify", str(shard.parent), "--json"]) == 1
     assert not json.loads(capsys.readouterr().out)["whole"]
-    assert main(["verify", str(run_dir / "checkpoints" / "iter_0000002")]) == 0
+    assert main(["checkpoint", "verify", str(run_dir / "checkpoints" / "iter_0000002")]) == 0
 
 
 def test_a_checkpoint_whose_record_is_gone_is_damaged(
@@ -68,14 +68,14 @@ def test_a_checkpoint_whose_record_is_gone_is_damaged(
     latest = run_dir / "checkpoints" / "iter_0000002"
     (latest / RECORD).unlink()
     for path in (run_dir, latest):
-        assert main(["verify", str(path)]) == 1
+        assert main(["checkpoint", "verify", str(path)]) == 1
         assert f"{latest / RECORD} cannot be read" in capsys.readouterr().out
-    assert main(["list", str(run_dir)]) == 0
+    assert main(["checkpoint", "list", str(run_dir)]) == 0
     assert f"damaged: {latest}, which latest_checkpointed_iteration.txt names" in (
         capsys.readouterr().out
     )
     (run_dir / "checkpoints" / "iter_0000001" / RECORD).write_text("{")
-    assert main(["list", str(run_dir), "--json"]) == 0
+    assert main(["checkpoint", "list", str(run_dir), "--json"]) == 0
     answer = json.loads(capsys.readouterr().out)
     assert (answer["checkpoints"], len(answer["damaged"])) == ([], 2)
 
@@ -83,20 +83,20 @@ def test_a_checkpoint_whose_record_is_gone_is_damaged(
 def test_a_run_may_be_named_by_a_number(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("42", "iter_ablation"):
         run_dir = run_dir.rename(run_dir.with_name(name))
-        assert main(["verify", str(run_dir)]) == 0
+        assert main(["checkpoint", "verify", str(run_dir)]) == 0
         assert capsys.readouterr().out.count(": whole") == 2
 
 
 def test_show(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = run_dir / "checkpoints" / "iter_0000002"
-    assert main(["show", str(path), "--json"]) == 0
+    assert main(["checkpoint", "show", str(path), "--json"]) == 0
     answer = json.loads(capsys.readouterr().out)
     assert [stage["weights"] for stage in answer["stages"]] == [
         {"web": 0.5, "code": 0.5},
         {"web": 0.25, "code": 0.75},
     ]
     assert answer["domain_samples"] == {"web": 4 + 2, "code": 4 + 6}
-    assert main(["show", str(path)]) == 0
+    assert main(["checkpoint", "show", str(path)]) == 0
     out = capsys.readouterr().out
     assert "0.7500" in out
     assert "seed: 3" in out
@@ -106,5 +106,5 @@ def test_show(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_what_is_no_checkpoint(
     command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main([command, str(tmp_path)]) == 2
+    assert main(["checkpoint", command, str(tmp_path)]) == 2
     assert "error: " in capsys.readouterr().err

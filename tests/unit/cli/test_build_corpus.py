@@ -173,6 +173,12 @@ def test_scarce_text_is_said(tmp_path, capsys, monkeypatch):
     assert "noise" not in errors
 
 
+def test_help_teaches(run_tool):
+    result = run_tool("build_corpus.py", "--help")
+    assert result.returncode == 0
+    assert "python tools/build_corpus.py --" in result.stdout
+
+
 # Parts -------------------------------------------------------------------------------------
 
 

@@ -4,12 +4,12 @@ import json
 import re
 from pathlib import Path
 
-import preprocess_data
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
+from megatron_tikmix.cli.main import main
 from megatron_tikmix.data.domains import DomainManifest
 from megatron_tikmix.prepare import parts
 from megatron_tikmix.prepare.readers import Reading
@@ -39,7 +39,7 @@ def preprocess(corpus: object, output: Path, *options: object) -> int:
         arguments.append("--train_tokenizer")
         if "--vocab_size" not in options:
             arguments += ["--vocab_size", 300]
-    return preprocess_data.main([str(argument) for argument in arguments])
+    return main(["preprocess", *map(str, arguments)])
 
 
 def read_back(manifest: DomainManifest, domain: str, split: str) -> list[list[int]]:
@@ -117,9 +117,9 @@ def test_table_counts_empty_documents(corpus, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("workers", [1, 3])
-def test_same_bytes_for_any_number_of_workers(corpus, tokens, tmp_path, run_tool, workers):
+def test_same_bytes_for_any_number_of_workers(corpus, tokens, tmp_path, run_command, workers):
     options = ["--train_tokenizer", "--vocab_size", 300, "--workers", workers]
-    result = run_tool("preprocess_data.py", "--input", corpus, "--output", tmp_path, *options)
+    result = run_command("preprocess", "--input", corpus, "--output", tmp_path, *options)
     assert result.returncode == 0, result.stderr
     assert all_bytes(tmp_path) == all_bytes(tokens)
 
@@ -324,7 +324,7 @@ def test_bad_options(corpus, tokens, tmp_path, capsys, options, message):
 def test_a_tokenizer_is_given_or_trained(corpus, tmp_path, capsys):
     arguments = ["--input", str(corpus), "--output", str(tmp_path)]
     for also in ([], ["--tokenizer", "x", "--train_tokenizer"]):
-        assert preprocess_data.main([*arguments, *also]) == 2
+        assert main(["preprocess", *arguments, *also]) == 2
         assert "give either --tokenizer or --train_tokenizer" in capsys.readouterr().err
 
 
@@ -342,20 +342,13 @@ def test_a_failed_run_leaves_the_older_one_whole(corpus, tokens, tmp_path):
     assert all_bytes(tmp_path) == all_bytes(tokens)
 
 
-def test_as_a_command_it_exits_with_2_and_one_sentence(tmp_path, run_tool):
+def test_as_a_command_it_exits_with_2_and_one_sentence(tmp_path, run_command):
     bad = tmp_path / "bad.jsonl"
     bad.write_bytes(b'{"text": "\xff"}\n')
     options = ["--input", f"a:train={bad}", "--output", tmp_path / "tokens", "--train_tokenizer"]
-    result = run_tool("preprocess_data.py", *options)
+    result = run_command("preprocess", *options)
     assert result.returncode == 2
     assert result.stdout == ""
     assert result.stderr == (
         f"error: {bad}: line 1: invalid UTF-8 at its byte 11; convert the file to UTF-8\n"
     )
-
-
-@pytest.mark.parametrize("name", ["preprocess_data.py", "build_corpus.py"])
-def test_help_teaches(run_tool, name):
-    result = run_tool(name, "--help")
-    assert result.returncode == 0
-    assert f"python tools/{name} --" in result.stdout
