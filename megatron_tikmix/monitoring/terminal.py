@@ -14,7 +14,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from megatron_tikmix.monitoring.tables import boundary_table
+from megatron_tikmix.monitoring.tables import stage_table
 from megatron_tikmix.monitoring.words import (
     clean,
     count,
@@ -111,8 +111,7 @@ class Terminal:
     ) -> None:
         """A new stage: what moved, on what evidence, and why, from its row of the ledger."""
         self.say("")
-        for part in boundary_table(former_row, row, domain_tokens, self._console.width, MOST_TASKS):
-            self._console.print(part)
+        self._console.print(stage_table(former_row, row, domain_tokens, MOST_TASKS))
         self.say(decision_in_words(None, row))  # the moves are in the table
         repeated = _repeated(row.get("domain_epochs") or {})
         if repeated:
