@@ -1,12 +1,12 @@
-"""The files a run leaves in its directory: appended to by training, read by everything else.
+"""The files of a run directory: training appends to them, everything else reads them.
 
     config.yaml     the resolved configuration
-    metrics.jsonl   one object a logged step
-    mixture.jsonl   the ledger: one object a stage of the mixture
-    starts.jsonl    one object each time the run was started, with versions and layout
+    metrics.jsonl   one object for each logged step
+    mixture.jsonl   the ledger: one object for each stage of the mixture
+    starts.jsonl    one object for each start of the run, with versions and layout
 
-JSON lines are appended whole and flushed, so a reader never needs the run to be over, and a
-killed run costs at most the line it was writing.
+Lines are appended whole and flushed, so a reader need not wait until the run is over, and a killed
+run loses at most the line that it was writing.
 """
 
 import json
@@ -26,10 +26,10 @@ Row = dict[str, Any]
 
 
 def append_jsonl(path: str | Path, row: Mapping[str, Any]) -> None:
-    """Append `row` as one line of JSON, onto the disk. Numbers that are not finite become null.
+    """Append `row` as one line of JSON, and have it on disk; see :func:`json_line`.
 
     Raises:
-        OSError: the disk is full, say; the file is then what it was.
+        OSError: it cannot be written (the disk is full, say); the file is then what it was.
     """
     with open(path, "a+b", buffering=0) as file:
         _mend_torn_tail(file)
@@ -45,12 +45,16 @@ def append_jsonl(path: str | Path, row: Mapping[str, Any]) -> None:
 
 
 def json_line(row: Mapping[str, Any]) -> str:
-    """`row` as one line of JSON, line end included. Numbers that are not finite become null."""
+    """Return `row` as a line of JSON with its line end. Numbers that are not finite become null."""
     return json.dumps(_plain(row), allow_nan=False) + "\n"
 
 
 def read_jsonl(path: str | Path) -> list[Row]:
-    """Every object of the file. A last line torn by a kill is dropped; no file means no rows."""
+    """Return every object of the file. A last line torn by a kill is dropped; no file has no rows.
+
+    Raises:
+        InputError: another line is no JSON object.
+    """
     path = Path(path)
     if not path.exists():
         return []
@@ -71,7 +75,7 @@ def read_jsonl(path: str | Path) -> list[Row]:
 
 
 class RunFiles:
-    """What is in a run directory at this moment. Each file is read once, on first use."""
+    """The contents of a run directory. Each file is read once, when it is first asked for."""
 
     def __init__(self, run_dir: str | Path) -> None:
         self.run_dir = Path(run_dir)
@@ -80,7 +84,7 @@ class RunFiles:
 
     @cached_property
     def config(self) -> Row:
-        """The resolved configuration; empty while it is not written."""
+        """The resolved configuration; empty until it is written."""
         path = self.run_dir / "config.yaml"
         if not path.exists():
             return {}
@@ -92,28 +96,28 @@ class RunFiles:
 
     @cached_property
     def metrics(self) -> list[Row]:
-        """One row a logged step, by iteration."""
+        """The row of each logged step, by iteration."""
         return _last_of_each(read_jsonl(self.run_dir / "metrics.jsonl"), "iteration")
 
     @cached_property
     def ledger(self) -> list[Row]:
-        """One row a stage, by stage."""
+        """The row of each stage, by stage."""
         return _last_of_each(read_jsonl(self.run_dir / "mixture.jsonl"), "stage")
 
     @cached_property
     def starts(self) -> list[Row]:
-        """One row each time that training was started or gone on with, in order of time."""
+        """The row of each start of training, in order of time; resuming is a start too."""
         return read_jsonl(self.run_dir / "starts.jsonl")
 
 
 def _last_of_each(rows: list[Row], key: str) -> list[Row]:
-    """Rows by `key`: a run resumed from an older checkpoint writes some again, and those count."""
+    """Return the last row of each `key`: a resumed run writes those after its checkpoint again."""
     latest = {row[key]: row for row in rows if key in row}
     return [latest[value] for value in sorted(latest)]
 
 
 def _mend_torn_tail(file: BinaryIO) -> None:
-    """Make the file end on a whole line, or what is appended would be glued to a torn one."""
+    """Make the file end with a whole line, so that no row is appended to a torn one."""
     end = file.seek(0, os.SEEK_END)
     if end == 0:
         return
@@ -129,15 +133,16 @@ def _mend_torn_tail(file: BinaryIO) -> None:
 
 
 def _parse(line: bytes) -> Row | None:
+    """Return the object that a line holds, or None."""
     try:
         row = json.loads(line)
-    except ValueError:  # of which JSONDecodeError and UnicodeDecodeError are kinds
+    except ValueError:  # the base of JSONDecodeError and UnicodeDecodeError
         return None
     return row if isinstance(row, dict) else None
 
 
 def _plain(value: Any) -> Any:
-    """`value` in JSON's own types; JSON has no NaN and no infinity."""
+    """Return `value` in the types of JSON, which has no NaN and no infinity."""
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

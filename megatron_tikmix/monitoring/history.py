@@ -1,83 +1,21 @@
-"""What a boundary costs: its probe, its rollouts and its audit, beside the training it decides on.
+"""A run as arrays: what its files say, put side by side for pictures, tables and answers.
 
-Compute is counted in tokens of training: a token that goes forward and backward is one, a token
-that only goes forward (an evaluation) a third, for a backward pass is twice a forward one.
+Letters: K stages of the mixture, D domains.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 
 from megatron_tikmix.monitoring.files import Row, RunFiles
-from megatron_tikmix.monitoring.words import Array, Influence, mean_loss
-
-FORWARD = 1 / 3
-
-
-@dataclass(frozen=True)
-class Spent:
-    """What one part of a boundary took.
-
-    Attributes:
-        kind: "probe", "rollouts" or "audit".
-        trained_tokens: forward and backward.
-        evaluated_tokens: forward only.
-        seconds: None if not recorded.
-    """
-
-    kind: str
-    trained_tokens: int
-    evaluated_tokens: int
-    seconds: float | None
-
-    @property
-    def compute(self) -> float:
-        """In tokens of training."""
-        return self.trained_tokens + FORWARD * self.evaluated_tokens
-
-
-def spent(row: Mapping[str, Any]) -> list[Spent]:
-    """The parts of the boundary before a stage, from its row of the ledger."""
-    parts = []
-    if row.get("probe_tokens"):
-        parts.append(Spent("probe", row["probe_tokens"], 0, row.get("probe_seconds")))
-    for kind, found in (("rollouts", row.get("rollout")), ("audit", row.get("audit"))):
-        if found:
-            tokens = found["trained_tokens"], found["evaluated_tokens"]
-            parts.append(Spent(kind, *tokens, found.get("seconds")))
-    return parts
-
-
-def total(kind: str, parts: list[Spent]) -> Spent:
-    """All parts of a kind in one."""
-    mine = [part for part in parts if part.kind == kind]
-    seconds = [part.seconds for part in mine if part.seconds is not None]
-    return Spent(
-        kind,
-        sum(part.trained_tokens for part in mine),
-        sum(part.evaluated_tokens for part in mine),
-        sum(seconds) if seconds else None,
-    )
-
-
-def share_of_compute(parts: list[Spent], trained_tokens: float) -> float | None:
-    """Of the compute of `parts` and of so many tokens of training; None without any of either."""
-    part = sum(each.compute for each in parts)
-    return part / (part + trained_tokens) if part + trained_tokens > 0 else None
-
-
-# A run as arrays: what its files say, put side by side for pictures and tables.
-#
-# Letters: K stages of the mixture, D domains.
+from megatron_tikmix.monitoring.words import Array, Influence, Spent, mean_loss, spent
 
 
 class RunHistory:
-    """Everything the report shows, derived from the run's files; valid at any moment of the run.
+    """What can be derived from a run's files, at any moment of the run.
 
-    Domains come in the order of their last weight, the largest first, wherever they are listed.
+    Domains are in the order of their last weight, the largest first.
     """
 
     def __init__(self, files: RunFiles) -> None:
@@ -91,7 +29,7 @@ class RunHistory:
         self.weights_KD = self._per_domain("weights")
 
     def setting(self, *path: str) -> Any:
-        """A value of the configuration, or None."""
+        """Return a value of the configuration, or None."""
         value: Any = self.config
         for key in path:
             value = value.get(key) if isinstance(value, dict) else None
@@ -104,7 +42,7 @@ class RunHistory:
 
     @property
     def iteration(self) -> int:
-        """The last iteration anything is known of."""
+        """The last iteration that a file mentions."""
         logged = self.metrics[-1]["iteration"] if self.metrics else 0
         return max(logged, self.stages[-1]["start_iteration"] if self.stages else 0)
 
@@ -116,7 +54,7 @@ class RunHistory:
 
     @property
     def sequence_length(self) -> int | None:
-        """Tokens a sample."""
+        """Tokens in a sample."""
         return self.setting("data", "sequence_length")
 
     @property
@@ -143,7 +81,7 @@ class RunHistory:
 
     @cached_property
     def realised_KD(self) -> Array:
-        """Each domain's share of the samples drawn within a stage so far; NaN before there are."""
+        """Each domain's share of the samples drawn within a stage; NaN where none is drawn yet."""
         total_K1 = self.samples_KD.sum(axis=1, keepdims=True)
         return self.samples_KD / np.where(total_K1 > 0, total_K1, np.nan)
 
@@ -151,8 +89,8 @@ class RunHistory:
     def epochs_KD(self) -> Array:
         """Passes over each domain within each stage; NaN for a domain whose size is not known yet.
 
-        The ledger, and the metrics where an interval ends, give epochs and samples: their ratio is
-        the domain's size.
+        The ledger has samples and epochs, and so have the metrics where an interval ends: their
+        ratio is the domain's size.
         """
         last = [row for row in [*self.stages, *self.metrics] if row.get("domain_epochs")][-1:]
         samples_D, epochs_D = (
@@ -193,22 +131,22 @@ class RunHistory:
 
     @property
     def probe_token_share(self) -> float | None:
-        """Tokens the probes processed, of those that training and probes processed."""
+        """The probes' share of the tokens that training and probes processed."""
         if self.sequence_length is None:
             return None
         probe = sum(row.get("probe_tokens") or 0 for row in self.stages)
-        return _share(probe, self.samples * self.sequence_length)
+        return share_of(probe, self.samples * self.sequence_length)
 
     @property
     def probe_time_share(self) -> float | None:
-        """Seconds the probes took, of those that training and probes took.
+        """The probes' share of the seconds that training and probes took.
 
-        Training time is what the logged throughput says: evaluation and checkpoints are left out.
+        The time of training follows from the logged throughput, without evaluation and checkpoints.
         """
         if self.sequence_length is None:
             return None
         probe = sum(row.get("probe_seconds") or 0.0 for row in self.stages)
-        return _share(probe, self.training_seconds)
+        return share_of(probe, self.training_seconds)
 
     @cached_property
     def training_seconds(self) -> float:
@@ -223,10 +161,25 @@ class RunHistory:
 
     @cached_property
     def spent(self) -> list[Spent]:
-        """What the boundaries took altogether, by kind: probes, rollouts and audits."""
+        """What all boundaries took together: their probes, rollouts and audits."""
         parts = [part for row in self.stages for part in spent(row)]
-        return [total(kind, parts) for kind in dict.fromkeys(part.kind for part in parts)]
+        return [
+            _total([part for part in parts if part.kind == kind])
+            for kind in dict.fromkeys(part.kind for part in parts)
+        ]
 
 
-def _share(part: float, rest: float) -> float | None:
+def share_of(part: float, rest: float) -> float | None:
+    """Return `part` as a share of `part` and `rest`; None where both are 0."""
     return part / (part + rest) if part + rest > 0 else None
+
+
+def _total(parts: list[Spent]) -> Spent:
+    """Return parts of one kind as one."""
+    seconds = [part.seconds for part in parts if part.seconds is not None]
+    return Spent(
+        parts[0].kind,
+        sum(part.trained_tokens for part in parts),
+        sum(part.evaluated_tokens for part in parts),
+        sum(seconds) if seconds else None,
+    )

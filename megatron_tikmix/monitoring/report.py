@@ -25,10 +25,11 @@ from megatron_tikmix.errors import InputError
 from megatron_tikmix.monitoring import figures
 from megatron_tikmix.monitoring.answers import compare, in_words, open_run
 from megatron_tikmix.monitoring.files import Row, RunFiles
-from megatron_tikmix.monitoring.history import RunHistory, Spent
+from megatron_tikmix.monitoring.history import RunHistory
 from megatron_tikmix.monitoring.tables import Table, losses_table
 from megatron_tikmix.monitoring.words import (
     DASH,
+    Spent,
     clean,
     count,
     duration,
@@ -283,7 +284,7 @@ def cost(history: RunHistory) -> Table:
     rows = [
         [
             part.kind,
-            count(part.trained_tokens + part.evaluated_tokens) if trained else DASH,
+            count(part.tokens) if trained else DASH,
             percent(part.compute / training.compute if trained else None),
             duration(part.seconds),
             percent(part.seconds / training.seconds if part.seconds and training.seconds else None),

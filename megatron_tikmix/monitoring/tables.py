@@ -1,8 +1,8 @@
 """Tables: the one `Table` that rich and report.html render, and what the terminal shows with it.
 
-`stage_table` is what a boundary prints while a run trains; the `show_` functions print the answers
-of :mod:`megatron_tikmix.monitoring.answers`. The tables that only report.html has are made in
-:mod:`megatron_tikmix.monitoring.report`.
+`boundary_table` is what a boundary prints while a run trains; the `show_` functions print the
+answers of :mod:`megatron_tikmix.monitoring.answers`. The tables that only report.html has are made
+in :mod:`megatron_tikmix.monitoring.report`.
 """
 
 import math
@@ -38,13 +38,16 @@ from megatron_tikmix.monitoring.words import (
 FEW_COLUMNS = 8
 """More columns than this stand one space apart on the terminal, not two."""
 NARROWEST = 10
-"""Characters that are left of a name, at least, however narrow the terminal is."""
+"""Characters to which a name is cut, at least, where a terminal has no room for more."""
 MOST_STAGES = 8
 """Stages that `show_mixture` has columns for: of more, the first one and the last ones."""
 MOST_DOMAINS = 20
-"""Domains that `stage_table` has rows for: those that moved most."""
+"""Domains that `boundary_table` has rows for: those that moved most."""
 LONGEST_TASK = 12
-"""Characters of a task's name above a column of `stage_table`."""
+"""Characters of a task's name above a column of `boundary_table`."""
+
+Column = tuple[str, list[str]]
+"""A head and the cells below it."""
 
 
 @dataclass(frozen=True)
@@ -55,10 +58,10 @@ class Table:
         heads: the head of each column.
         rows: lines of cells, one cell under each head.
         words: positions of the columns of words, set flush left and wrapped where they must be.
-            All others are numbers, set flush right and kept whole.
-        unbroken: positions of columns of words that are not wrapped; a terminal may cut them.
+            All others are numbers, set flush right and never wrapped.
+        unbroken: positions of columns of words that are not wrapped; a narrow terminal cuts them,
+            down to `NARROWEST` characters.
         title: a line above the table.
-        notes: lines below the table.
     """
 
     heads: Sequence[str]
@@ -66,7 +69,23 @@ class Table:
     words: Collection[int] = (0,)
     unbroken: Collection[int] = ()
     title: str = ""
-    notes: Sequence[str] = ()
+
+    def fits(self, width: int) -> bool:
+        """Return whether a terminal of `width` columns shows it with every number whole."""
+        cut = [
+            min(column, NARROWEST) if place in self.unbroken else column
+            for place, column in enumerate(self._widths)
+        ]
+        return sum(cut) + self._gap * (len(cut) - 1) <= width
+
+    @property
+    def _widths(self) -> list[int]:
+        lines = [self.heads, *self.rows]
+        return [max(cell_len(line[place]) for line in lines) for place in range(len(self.heads))]
+
+    @property
+    def _gap(self) -> int:
+        return 2 if len(self.heads) <= FEW_COLUMNS else 1
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         grid = rich_table.Table(
@@ -75,62 +94,22 @@ class Table:
             box=SIMPLE_HEAD,
             show_edge=False,
             pad_edge=False,
-            padding=(0, 1 if len(self.heads) <= FEW_COLUMNS else 0, 0, 0),
+            padding=(0, self._gap - 1, 0, 0),  # and one that the box puts between columns
         )
-        for place, head in enumerate(self.heads):
-            textual = place in self.words
-            width = max(cell_len(line[place]) for line in [self.heads, *self.rows])
+        widths = self._widths
+        missing = max(0, sum(widths) + self._gap * (len(widths) - 1) - options.max_width)
+        for place, (head, width) in enumerate(zip(self.heads, widths, strict=True)):
+            wrapped = place in self.words and place not in self.unbroken
             grid.add_column(
                 Text(head),
-                justify="left" if textual else "right",
-                no_wrap=not textual,  # rich narrows the other columns, then, and never these
-                overflow="fold",
-                min_width=min(width, NARROWEST) if place in self.unbroken else None,
+                justify="left" if place in self.words else "right",
+                no_wrap=not wrapped,
+                overflow="fold" if wrapped else "ellipsis",
+                max_width=max(NARROWEST, width - missing) if place in self.unbroken else None,
             )
         for row in self.rows:
-            grid.add_row(*(self._cell(place, text) for place, text in enumerate(row)))
+            grid.add_row(*map(Text, row))
         yield grid
-        yield from map(Text, self.notes)
-
-    def _cell(self, place: int, text: str) -> Text:
-        unbroken = place in self.unbroken
-        return Text(text, no_wrap=unbroken or None, overflow="ellipsis" if unbroken else None)
-
-
-def stage_table(
-    former_row: Mapping[str, Any] | None,
-    row: Mapping[str, Any],
-    domain_tokens: Mapping[str, float],
-    most_tasks: int,
-) -> Table:
-    """Return a new stage as a table: each domain's weights, its influence, its tokens so far.
-
-    Args:
-        former_row: the ledger's row of the stage before; None: there is none.
-        most_tasks: of more tasks, only the mean influence is given.
-    """
-    former = former_row["weights"] if former_row else row["weights"]
-    moved = moves(former, row["weights"])
-    shown, left_out = moved[:MOST_DOMAINS], moved[MOST_DOMAINS:]
-    influence = Influence.of(row, [move.domain for move in moved])
-    measured, unit = _influence_columns(influence, len(shown), most_tasks)
-    columns = [
-        ("domain", [clean(move.domain) for move in shown]),
-        ("weight %", [f"{100 * move.before:.1f} → {100 * move.after:.1f}" for move in shown]),
-        *measured,
-        ("tokens", [count(domain_tokens.get(move.domain)) for move in shown]),
-    ]
-    notes = [unit] if unit else []
-    if left_out:
-        most = number(100 * abs(left_out[0].change), 2)
-        notes.append(f"Not shown: {len(left_out)} domains that moved by at most {most} points.")
-    return Table(
-        heads=[head for head, _ in columns],
-        rows=list(zip(*(cells for _, cells in columns), strict=True)),
-        unbroken=(0,),
-        title=f"stage {row['stage']}, after iteration {row['start_iteration']}",
-        notes=notes,
-    )
 
 
 def boundary_table(
@@ -140,21 +119,47 @@ def boundary_table(
     width: int,
     most_tasks: int,
 ) -> Iterator[RenderableType]:
-    """Yield `stage_table`; `width` has no effect, for rich fits a table to its console."""
-    yield stage_table(former_row, row, domain_tokens, most_tasks)
+    """Yield a table of weights, influence and tokens of each domain, and lines that explain it.
 
+    Args:
+        former_row: the ledger's row of the stage before; None: there is none.
+        row: that of the stage that begins.
+        width: columns of the terminal. Where influence on each task has no room, its mean is given.
+        most_tasks: of more tasks, the mean is given too.
+    """
+    former = former_row["weights"] if former_row else row["weights"]
+    moved = moves(former, row["weights"])
+    shown, left_out = moved[:MOST_DOMAINS], moved[MOST_DOMAINS:]
+    influence = Influence.of(row, [move.domain for move in moved])
 
-def _influence_columns(
-    influence: Influence | None, shown: int, most_tasks: int
-) -> tuple[list[tuple[str, list[str]]], str]:
-    """Return head and cells of each column, for the first `shown` domains, and their unit."""
+    def with_influence(measured: Sequence[Column]) -> Table:
+        columns = [
+            ("domain", [clean(move.domain) for move in shown]),
+            ("weight %", [f"{100 * move.before:.1f} → {100 * move.after:.1f}" for move in shown]),
+            *measured,
+            ("tokens", [count(domain_tokens.get(move.domain)) for move in shown]),
+        ]
+        heads, cells = zip(*columns, strict=True)
+        title = f"stage {row['stage']}, after iteration {row['start_iteration']}"
+        return Table(heads, list(zip(*cells, strict=True)), unbroken=(0,), title=title)
+
     if influence is None:
-        return [], ""
-    meaning = "positive lowers the loss, ± is one standard error."
-    if len(influence.tasks) > most_tasks:
-        mean_D, error_D = influence.relative().mean()
-        unit = f"Mean over {len(influence.tasks)} tasks, each relative to its largest: {meaning}"
-        return [("mean influence", _measurements(mean_D[:shown], error_D[:shown]))], unit
+        yield with_influence([])
+    else:
+        columns, unit = _influence_by_task(influence, len(shown))
+        table = with_influence(columns)
+        if len(influence.tasks) > most_tasks or not table.fits(width):
+            columns, unit = _mean_influence(influence, len(shown))
+            table = with_influence(columns)
+        yield table
+        yield Text(f"{unit}: positive lowers the loss, ± is one standard error.")
+    if left_out:
+        most = number(100 * abs(left_out[0].change), 2)
+        yield Text(f"Not shown: {len(left_out)} domains that moved by at most {most} points.")
+
+
+def _influence_by_task(influence: Influence, shown: int) -> tuple[list[Column], str]:
+    """Return a column for each task, of the first `shown` domains, and the unit of all."""
     values_VD, errors_VD = influence.values_VD[:, :shown], influence.errors_VD[:, :shown]
     largest = np.nan_to_num(np.abs([values_VD, errors_VD])).max(initial=0.0)
     exponent = math.floor(math.log10(largest)) if largest > 0 else 0
@@ -163,7 +168,14 @@ def _influence_columns(
         (shorten(task, LONGEST_TASK), _measurements(value_D / scale, error_D / scale))
         for task, value_D, error_D in zip(influence.tasks, values_VD, errors_VD, strict=True)
     ]
-    return columns, f"Influence in units of 1e{exponent:+d}: {meaning}"
+    return columns, f"Influence in units of 1e{exponent:+d}"
+
+
+def _mean_influence(influence: Influence, shown: int) -> tuple[list[Column], str]:
+    """Return a column for the mean over tasks, of the first `shown` domains, and its unit."""
+    mean_D, error_D = influence.relative().mean()
+    column = ("mean influence", _measurements(mean_D[:shown], error_D[:shown]))
+    return [column], f"Mean over {len(influence.tasks)} tasks, each relative to its largest"
 
 
 def _measurements(values_D: Array, errors_D: Array) -> list[str]:
