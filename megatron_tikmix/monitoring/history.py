@@ -26,7 +26,7 @@ class RunHistory:
         last = self.stages[-1]["weights"] if self.stages else {}
         names = dict.fromkeys(name for row in self.stages for name in row["weights"])
         self.domains: list[str] = sorted(names, key=lambda name: -last.get(name, 0.0))
-        self.weights_KD = self._per_domain("weights")
+        self.weights_KD = self._per_domain([row["weights"] for row in self.stages])
 
     def setting(self, *path: str) -> Any:
         """Return a value of the configuration, or None."""
@@ -35,9 +35,9 @@ class RunHistory:
             value = value.get(key) if isinstance(value, dict) else None
         return value
 
-    def _per_domain(self, field: str) -> Array:
-        named = [row.get(field) or {} for row in self.stages]
-        rows = [[values.get(name, 0.0) for name in self.domains] for values in named]
+    def _per_domain(self, values_K: list[dict[str, float] | None]) -> Array:
+        """Return each stage's values by domain as an array; 0 where there is none."""
+        rows = [[(values or {}).get(name, 0.0) for name in self.domains] for values in values_K]
         return np.array(rows, dtype=np.float64).reshape(len(self.stages), len(self.domains))
 
     @property
@@ -71,7 +71,7 @@ class RunHistory:
         """
         if not self.stages:
             return np.zeros((0, 0))
-        before_KD = self._per_domain("domain_samples")
+        before_KD = self._per_domain([row.get("domain_samples") for row in self.stages])
         counted = self.metrics[-1].get("domain_samples") if self.metrics else None
         if counted and self.metrics[-1]["iteration"] >= self.stages[-1]["start_iteration"]:
             open_D = np.array([counted.get(name, 0.0) for name in self.domains]) - before_KD[-1]
@@ -92,13 +92,12 @@ class RunHistory:
         The ledger has samples and epochs, and so have the metrics where an interval ends: their
         ratio is the domain's size.
         """
-        last = [row for row in [*self.stages, *self.metrics] if row.get("domain_epochs")][-1:]
-        samples_D, epochs_D = (
-            np.array([row[field].get(name, 0.0) for row in last for name in self.domains])
-            if last
-            else np.zeros(len(self.domains))
-            for field in ("domain_samples", "domain_epochs")
-        )
+        counted = [(row.get("domain_samples"), row.get("domain_epochs")) for row in self.stages]
+        counted += [(row.get("domain_samples"), row.get("domain_epochs")) for row in self.metrics]
+        known = [(samples, epochs) for samples, epochs in counted if samples and epochs]
+        samples, epochs = known[-1] if known else ({}, {})
+        samples_D = np.array([samples.get(name, 0.0) for name in self.domains], dtype=np.float64)
+        epochs_D = np.array([epochs.get(name, 0.0) for name in self.domains], dtype=np.float64)
         epochs_per_sample_D = np.full(len(self.domains), np.nan)
         np.divide(epochs_D, samples_D, out=epochs_per_sample_D, where=samples_D > 0)
         return self.samples_KD * epochs_per_sample_D

@@ -124,10 +124,11 @@ class TensorBoardWriter:
         self._scalars("domain_loss", metrics_row.get("domain_loss"))
         self._scalars("mixture/realised", realised)
         if "domain_epochs" in metrics_row:  # an interval has ended here
-            self._consumption(metrics_row, iteration)
+            epochs, samples = metrics_row["domain_epochs"], metrics_row.get("domain_samples")
+            self._consumption(iteration, epochs, samples)
         else:  # so that the target is drawn as steps; where an interval ends, the stage has it
             self._scalars("mixture/weight", self._weights)
-        self._validation(metrics_row, iteration)
+        self._validation(iteration, metrics_row.get("task_loss"))
         self._scalars("validation/bits_per_byte", metrics_row.get("task_bits_per_byte"))
         self._write(iteration)
 
@@ -139,7 +140,8 @@ class TensorBoardWriter:
         self._write_layout(ledger_row)
         self._weights = ledger_row["weights"]
         self._scalars("mixture/weight", ledger_row["weights"])
-        self._consumption(ledger_row, iteration)
+        epochs, samples = ledger_row.get("domain_epochs"), ledger_row.get("domain_samples")
+        self._consumption(iteration, epochs, samples)
         self._influence(ledger_row, iteration)
         self._cost(ledger_row, former_row)
         for field in ("total_variation", "total_variation_noise", "effective_domains"):
@@ -149,7 +151,7 @@ class TensorBoardWriter:
         self._scalars("predicted_gain", predicted_gain(ledger_row))
         self._solver(ledger_row.get("solution") or {})
         self._audit(ledger_row.get("audit") or {})
-        self._validation(ledger_row, iteration)
+        self._validation(iteration, ledger_row.get("task_loss"))
         self._write(iteration)
         words = decision_in_words(former_row, ledger_row)
         self._writer.add_text("mixture/decision", words, iteration)
@@ -186,15 +188,19 @@ class TensorBoardWriter:
         image, _ = heat_map_image(matrix)
         self._writer.add_image("influence/heat_map", image, iteration, dataformats="HWC")
 
-    def _consumption(self, row: Mapping[str, Any], iteration: int) -> None:
+    def _consumption(
+        self,
+        iteration: int,
+        epochs: Mapping[str, float] | None,
+        samples: Mapping[str, float] | None,
+    ) -> None:
         """Write what was drawn from each domain so far."""
         # As with evaluations: the end of an interval is in a metrics row and in the ledger.
         if iteration == self._counted:
             return
         self._counted = iteration
-        self._scalars("mixture/epochs", row.get("domain_epochs"))
-        if self._sequence_length is not None:
-            samples = row.get("domain_samples") or {}
+        self._scalars("mixture/epochs", epochs)
+        if samples and self._sequence_length is not None:
             tokens = {name: count * self._sequence_length for name, count in samples.items()}
             self._scalars("mixture/tokens", tokens)
 
@@ -229,11 +235,11 @@ class TensorBoardWriter:
             for task, found in audit.get("tasks", {}).items():
                 self._scalar(f"audit/{field}/{task}", found.get(field))
 
-    def _validation(self, row: Mapping[str, Any], iteration: int) -> None:
+    def _validation(self, iteration: int, task_loss: Mapping[str, float | None] | None) -> None:
         # A boundary's evaluation is in a metrics row and in the ledger: one point is enough.
-        if row.get("task_loss") and iteration != self._evaluated:
-            self._scalars("validation/loss", row["task_loss"])
-            mean = mean_loss(row["task_loss"])
+        if task_loss and iteration != self._evaluated:
+            self._scalars("validation/loss", task_loss)
+            mean = mean_loss(task_loss)
             self._scalar("validation/mean_loss", mean if np.isfinite(mean) else None)
             self._evaluated = iteration
 
