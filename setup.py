@@ -15,7 +15,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["megatron_tikmix", "megatron_tikmix.*"]),
-    package_data={"megatron_tikmix": ["py.typed"]},
+    package_data={"megatron_tikmix": ["py.typed", "monitoring/report.html.j2"]},
     entry_points={"console_scripts": ["tikmix = megatron_tikmix.cli.main:main"]},
     # One line of reason for each dependency.
     install_requires=[
@@ -27,6 +27,7 @@ setup(
         "lightgbm>=4.3",  # trees of the mixture surrogate of TiKMiX-M
         "tensorboard>=2.15",  # live curves
         "pillow>=10.1",  # heat maps as images in TensorBoard, which needs it too
+        "jinja2>=3.1",  # report.html, which it escapes; torch needs it too
         "plotly>=6.0",  # the pictures of report.html, interactive and offline
         "rich>=13.7",  # progress bar and tables on the terminal
         "jsonargparse>=4.40,<5",  # typed YAML and command line from dataclasses

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from megatron_tikmix.monitoring.files import append_jsonl
+from megatron_tikmix.json_lines import append_jsonl
 
 SEQUENCE_LENGTH, BATCH, INTERVAL, LOG_EVERY = 128, 16, 120, 10
 

@@ -16,7 +16,6 @@ from functools import partial
 from rich.console import Console
 
 from megatron_tikmix.cli.output import Answer, add_json, print_answer
-from megatron_tikmix.decision.explain import explain
 from megatron_tikmix.monitoring import answers, tables
 
 QUESTIONS = {
@@ -58,7 +57,7 @@ def answer_to(arguments: argparse.Namespace) -> tuple[Answer, Callable[[Console]
     """
     history = answers.open_run(arguments.run_dir)
     if arguments.question == "why":
-        found = explain(history, arguments.domain, arguments.stage)
+        found = answers.why(history, arguments.domain, arguments.stage)
         return found.to_json(), partial(tables.show_why, found)
     if arguments.question == "compare":
         names = [arguments.run_dir, arguments.other]

@@ -16,7 +16,7 @@ On standard error: influence with its errors, what would move, and why. --json w
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +27,11 @@ from megatron_tikmix.data.builder import TrainingData
 from megatron_tikmix.decision.decide import Boundary, Decision
 from megatron_tikmix.decision.ledger import Ledger, StageRow
 from megatron_tikmix.errors import InputError
+from megatron_tikmix.json_lines import json_line
 from megatron_tikmix.measure.probe_plan import plan_probe
 from megatron_tikmix.measure.remixer import Remixer
 from megatron_tikmix.megatron.groups import Parallel, initialize, shut_down
 from megatron_tikmix.mixture.mixture import Mixture
-from megatron_tikmix.monitoring.files import json_line
 from megatron_tikmix.monitoring.tables import boundary_table
 from megatron_tikmix.monitoring.words import decision_in_words
 from megatron_tikmix.training.build import (
@@ -79,7 +79,7 @@ def main(argv: Sequence[str]) -> int:
 def print_proposal(proposal: "Proposal") -> None:
     """Print the mixture on standard output, and how it came about on standard error."""
     console = Console(stderr=True, width=None if sys.stderr.isatty() else 100)
-    before = {"weights": proposal.at.prior.to_json()}
+    before = replace(proposal.row, weights=proposal.at.prior)
     for part in boundary_table(before, proposal.row, {}, console.width, MOST_TASKS):
         console.print(part)
     console.print(decision_in_words(None, proposal.row), markup=False, highlight=False)

@@ -26,6 +26,7 @@ from megatron_tikmix.errors import InputError
 from megatron_tikmix.influence.bank import SubBatchBank
 from megatron_tikmix.influence.matrix import InfluenceMatrix, completed
 from megatron_tikmix.influence.stability import RankStability
+from megatron_tikmix.json_lines import append_jsonl, read_jsonl
 from megatron_tikmix.mixture.mixture import Mixture
 from megatron_tikmix.solve.objective import Objective
 from megatron_tikmix.solve.solution import MixtureSolution
@@ -258,9 +259,10 @@ class StageRow:
     def objective(self) -> Objective | None:
         """Return what the solver minimised, as a function of weights in the row's order.
 
-        None where nothing was solved, or where an earlier version wrote the row.
+        None where nothing was solved, or where an earlier version wrote the row, or a part of the
+        influence was not finite.
         """
-        if self.rules is None or self.influence is None:
+        if self.rules is None or self.influence is None or self.influence.recorded:
             return None
         return self.rules.goal.objective(completed(self.influence, list(self.weights)))
 
@@ -377,8 +379,6 @@ class Ledger(Sequence[StageRow]):
         Raises:
             InputError: the ledger is damaged, or has a row that this version cannot read.
         """
-        from megatron_tikmix.monitoring.files import read_jsonl
-
         path = Path(run_dir) / LEDGER
         latest = {row["stage"]: row for row in read_jsonl(path) if "stage" in row}
         try:
@@ -394,8 +394,6 @@ class Ledger(Sequence[StageRow]):
             OSError: it cannot be written; the ledger is then as it was.
         """
         if self._run_dir is not None:
-            from megatron_tikmix.monitoring.files import append_jsonl
-
             row = filed(row, self._run_dir)
             append_jsonl(self._run_dir / LEDGER, row.to_json())
         self._rows.append(row)

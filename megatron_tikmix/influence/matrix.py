@@ -40,6 +40,9 @@ class InfluenceMatrix:
     """Of the standard errors, for Student's t (one less than the sub-batches of a domain); None:
     the errors are taken as known."""
 
+    recorded: bool = False
+    """Whether it was read from a ledger, where what was not finite is NaN: to be looked at only."""
+
     def __post_init__(self) -> None:
         for field, names in (("domains", self.domains), ("tasks", self.tasks)):
             if not names or len(set(names)) < len(names):
@@ -64,7 +67,8 @@ class InfluenceMatrix:
                 f"influence: the {what}s have shape {array_VD.shape}; {expected[0]} tasks and "
                 f"{expected[1]} domains need {expected}"
             )
-        for v, d in np.argwhere(~np.isfinite(array_VD))[:1]:
+        lost = np.zeros_like(array_VD) if self.recorded else ~np.isfinite(array_VD)
+        for v, d in np.argwhere(lost)[:1]:
             raise InputError(
                 f"influence: the {what} of domain {self.domains[d]} on task {self.tasks[v]} is "
                 f"{array_VD[v, d]}; check that the probe's losses and gradients are finite"
@@ -120,7 +124,7 @@ class InfluenceMatrix:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "InfluenceMatrix":
-        """Undo :meth:`to_json`; a whole row of the ledger will do.
+        """Undo :meth:`to_json`; a whole row of the ledger will do. What is None there is NaN.
 
         Raises:
             InputError: tasks that name different domains, or any of the class's own reasons.
@@ -129,17 +133,21 @@ class InfluenceMatrix:
         tasks = list(values)
         domains = list(values[tasks[0]]) if tasks else []
 
-        def array_VD(of_task: Mapping[str, Mapping[str, float]]) -> ArrayLike:
+        def array_VD(of_task: Mapping[str, Mapping[str, float | None]]) -> Array:
             if set(of_task) != set(tasks) or any(set(of_task[t]) != set(domains) for t in tasks):
                 raise InputError("influence: every task must name the same domains")
-            return [[of_task[task][domain] for domain in domains] for task in tasks]
+            rows = [[of_task[task][domain] for domain in domains] for task in tasks]
+            return np.array(rows, dtype=np.float64)
 
+        values_VD, errors_VD = array_VD(values), None if errors is None else array_VD(errors)
+        known = [array for array in (values_VD, errors_VD) if array is not None]
         return cls(
-            np.array(array_VD(values)),
+            values_VD,
             domains=domains,
             tasks=tasks,
-            standard_error_VD=None if errors is None else np.array(array_VD(errors)),
+            standard_error_VD=errors_VD,
             degrees_of_freedom=data.get("influence_df"),
+            recorded=not all(np.isfinite(array).all() for array in known),
         )
 
     def __repr__(self) -> str:

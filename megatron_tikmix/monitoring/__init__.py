@@ -1,6 +1,11 @@
-"""What a run shows, and where: the files it leaves, TensorBoard, the terminal, report.html.
+"""What a run leaves behind, and how it is shown: on the terminal, in TensorBoard, in report.html.
 
-run_files   the rows as they are      decision    what one row of the ledger says
-history     a run as arrays           report      the page, from pictures and tables
-tensorboard, terminal                 the same rows, live
+files        the rows that training appends, read as they are
+history      a run as arrays
+words        numbers, names and decisions as people read them
+answers      what one asks of a run, as plain values
+tables       one Table, for the terminal and for report.html
+figures      the pictures of report.html
+report       report.html itself, with its template
+tensorboard, terminal    the same rows, live
 """

@@ -1,14 +1,21 @@
-"""The head of the report: the run in a paragraph, and in a row of figures."""
+"""What one asks of a run, answered as plain values: for tables, for JSON, and in words.
+
+Every answer is made from the run directory alone, at any moment of the run. Numbers that are not
+known are None.
+"""
 
 from typing import Any
 
 import numpy as np
 
+from megatron_tikmix.decision.explain import Explainer, Explanation
+from megatron_tikmix.decision.ledger import StageRow
 from megatron_tikmix.errors import InputError
-from megatron_tikmix.monitoring.files import Row, RunFiles
+from megatron_tikmix.monitoring.files import RunFiles
 from megatron_tikmix.monitoring.history import RunHistory
 from megatron_tikmix.monitoring.words import (
     Influence,
+    clean,
     cost_in_words,
     moves,
     number,
@@ -16,67 +23,13 @@ from megatron_tikmix.monitoring.words import (
     sentence,
 )
 
-
-def in_words(history: RunHistory) -> str:
-    """The run so far, in a few sentences."""
-    return " ".join(
-        filter(None, [_model(history), _mixture(history), _losses(history), _probe(history)])
-    )
-
-
-def _model(history: RunHistory) -> str:
-    layers = history.setting("model", "num_layers")
-    hidden = history.setting("model", "hidden_size")
-    size = f" of {layers} layers and hidden size {hidden}" if layers and hidden else ""
-    planned = history.setting("train", "train_iters")
-    of_planned = f" of {planned:,}" if isinstance(planned, int) else ""
-    return f"A GPT{size}, trained for {history.iteration:,}{of_planned} iterations."
-
-
-def _mixture(history: RunHistory) -> str:
-    if len(history.stages) < 2:
-        return "The mixture has not been reconsidered yet."
-    resets = len(history.stages) - 1
-    kept = sum(row.get("source") == "kept" for row in history.stages)
-    words = f"The mixture was reconsidered at {resets} boundar{'y' if resets == 1 else 'ies'}"
-    words += f", and kept at {kept} of them." if kept else "."
-    first, last = history.stages[0]["weights"], history.stages[-1]["weights"]
-    largest = [move.in_words() for move in moves(first, last)[:3] if move.change]
-    return words + (f" What moved most since the start: {'; '.join(largest)}." if largest else "")
-
-
-def _losses(history: RunHistory) -> str:
-    means = list(history.mean_task_loss.items())
-    if len(means) < 2:
-        return ""
-    (start, first), (end, last) = means[0], means[-1]
-    return (
-        f"The mean loss over {len(history.task_losses[end])} tasks went from {number(first)} "
-        f"(iteration {start:,}) to {number(last)} (iteration {end:,})."
-    )
-
-
-def _probe(history: RunHistory) -> str:
-    if not history.measured or history.probe_token_share is None:
-        return ""
-    return (
-        f"Measuring influence took {percent(history.probe_token_share)} of all tokens processed "
-        f"and {percent(history.probe_time_share)} of the time."
-    )
-
-
-# What one asks of a run, answered as plain values: for tables on the terminal, and for JSON.
-#
-# Every answer is made from the run directory alone, at any moment of the run. Numbers that are not
-# known are None.
-
-
 Answer = dict[str, Any]
 PLACES = ("run_dir", "baseline")
+"""Settings that only name directories: no difference between two runs."""
 
 
 def open_run(run_dir: str) -> RunHistory:
-    """The run in this directory.
+    """Return the run in this directory.
 
     Raises:
         InputError: there is none, it has no stage of a mixture yet, or a file of it is damaged.
@@ -87,18 +40,11 @@ def open_run(run_dir: str) -> RunHistory:
             f"{run_dir} has no mixture.jsonl with a stage in it: give a run's run_dir, or wait "
             "until its training has begun"
         )
-    for row in history.stages:
-        missing = {"weights", "start_iteration", "start_sample"} - set(row)
-        if missing:
-            raise InputError(
-                f"{run_dir}/mixture.jsonl: stage {row['stage']} has no {sorted(missing)[0]}; this "
-                "is not a ledger that training wrote"
-            )
     return history
 
 
 def summary(history: RunHistory) -> Answer:
-    """Where the run is, what its mixture did at each boundary, and what that cost."""
+    """Return where the run is, what its mixture did at each boundary, and what that cost."""
     return {
         "words": in_words(history),
         "iteration": history.iteration,
@@ -115,14 +61,14 @@ def summary(history: RunHistory) -> Answer:
 
 def _boundary(history: RunHistory, k: int) -> Answer:
     former, row = history.stages[k - 1], history.stages[k]
-    moved = [move for move in moves(former["weights"], row["weights"]) if move.change]
+    moved = [move for move in moves(former.weights, row.weights) if move.change]
     return {
-        "stage": row["stage"],
-        "iteration": row["start_iteration"],
-        "source": row.get("source"),
-        "reason": sentence(row.get("reason")),
-        "total_variation": row.get("total_variation"),
-        "total_variation_noise": row.get("total_variation_noise"),
+        "stage": row.stage,
+        "iteration": row.start_iteration,
+        "source": row.source,
+        "reason": sentence(row.reason),
+        "total_variation": row.total_variation,
+        "total_variation_noise": row.total_variation_noise,
         "largest_moves": [
             {"domain": move.domain, "before": move.before, "after": move.after}
             for move in moved[:3]
@@ -131,12 +77,59 @@ def _boundary(history: RunHistory, k: int) -> Answer:
     }
 
 
+def in_words(history: RunHistory) -> str:
+    """Say in a few sentences where the run is, what moved, and what came of it."""
+    parts = (_model_in_words, _moves_in_words, _losses_in_words, _probe_in_words)
+    return " ".join(filter(None, (part(history) for part in parts)))
+
+
+def _model_in_words(history: RunHistory) -> str:
+    layers = history.setting("model", "num_layers")
+    hidden = history.setting("model", "hidden_size")
+    size = f" of {layers} layers and hidden size {hidden}" if layers and hidden else ""
+    planned = history.setting("train", "train_iters")
+    of_planned = f" of {planned:,}" if isinstance(planned, int) else ""
+    return f"A GPT{size}, trained for {history.iteration:,}{of_planned} iterations."
+
+
+def _moves_in_words(history: RunHistory) -> str:
+    if len(history.stages) < 2:
+        return "The mixture has not been reconsidered yet."
+    resets = len(history.stages) - 1
+    kept = sum(row.source == "kept" for row in history.stages)
+    words = f"The mixture was reconsidered at {resets} boundar{'y' if resets == 1 else 'ies'}"
+    words += f", and kept at {kept} of them." if kept else "."
+    first, last = history.stages[0].weights, history.stages[-1].weights
+    largest = [move.in_words() for move in moves(first, last)[:3] if move.change]
+    return words + (f" What moved most since the start: {'; '.join(largest)}." if largest else "")
+
+
+def _losses_in_words(history: RunHistory) -> str:
+    means = list(history.mean_task_loss.items())
+    if len(means) < 2:
+        return ""
+    (start, first), (end, last) = means[0], means[-1]
+    return (
+        f"The mean loss over {len(history.task_losses[end])} tasks went from {number(first)} "
+        f"(iteration {start:,}) to {number(last)} (iteration {end:,})."
+    )
+
+
+def _probe_in_words(history: RunHistory) -> str:
+    if not history.measured or history.probe_token_share is None:
+        return ""
+    return (
+        f"Measuring influence took {percent(history.probe_token_share)} of all tokens processed "
+        f"and {percent(history.probe_time_share)} of the time."
+    )
+
+
 def mixture(history: RunHistory) -> Answer:
-    """Every domain's weight in each stage, and what was drawn from it; the last weight's order."""
+    """Return every domain's weight in each stage, and what was drawn from it, by last weight."""
     drawn_D, epochs_D = history.samples_KD.sum(axis=0), history.epochs_KD.sum(axis=0)
     return {
-        "stages": [row["stage"] for row in history.stages],
-        "iterations": [row["start_iteration"] for row in history.stages],
+        "stages": [row.stage for row in history.stages],
+        "iterations": [row.start_iteration for row in history.stages],
         "domains": [
             {
                 "domain": name,
@@ -151,7 +144,7 @@ def mixture(history: RunHistory) -> Answer:
 
 
 def influence(history: RunHistory, stage: int | None = None) -> Answer:
-    """The matrix that was measured before a stage (None: the last measured one).
+    """Return the matrix that was measured before a stage (None: the last measured one).
 
     Raises:
         InputError: nothing was measured there; the stages that have a matrix are named.
@@ -159,9 +152,9 @@ def influence(history: RunHistory, stage: int | None = None) -> Answer:
     row, matrix = measured(history, stage)
     noise_VD = matrix.is_noise()
     return {
-        "stage": row["stage"],
-        "iteration": row["start_iteration"],
-        "curvature": row.get("curvature"),
+        "stage": row.stage,
+        "iteration": row.start_iteration,
+        "curvature": row.curvature,
         "tasks": [
             {
                 "task": task,
@@ -179,13 +172,13 @@ def influence(history: RunHistory, stage: int | None = None) -> Answer:
     }
 
 
-def measured(history: RunHistory, stage: int | None) -> tuple[Row, Influence]:
-    """A stage's row and the matrix measured before it.
+def measured(history: RunHistory, stage: int | None) -> tuple[StageRow, Influence]:
+    """Return a stage's row and the matrix measured before it.
 
     Raises:
         InputError: as :func:`influence`.
     """
-    found = {row["stage"]: (row, matrix) for row, matrix in history.measured}
+    found = {row.stage: (row, matrix) for row, matrix in history.measured}
     if not found:
         raise InputError("no boundary of this run has measured influence yet")
     if stage is None:
@@ -196,10 +189,41 @@ def measured(history: RunHistory, stage: int | None) -> tuple[Row, Influence]:
     return found[stage]
 
 
-def compare(first: RunHistory, second: RunHistory) -> Answer:
-    """Two runs: task losses after equally many samples, last mixtures, cost, and settings.
+def why(history: RunHistory, domain: str, stage: int | None = None) -> Explanation:
+    """Return what pushed `domain` at the boundary before `stage` (None: the last that measured).
 
-    Differences are second minus first: a negative one of a loss speaks for the second run.
+    Raises:
+        InputError: an unknown domain or stage, or a boundary that solved nothing or came before
+            the domain.
+    """
+    if domain not in history.domains:
+        listed = ", ".join(map(clean, history.domains[:12]))
+        raise InputError(f"no domain named {clean(domain)!r}; this run has {listed}")
+    row, _ = measured(history, stage)
+    explainer = explained(history, row)
+    if domain not in row.weights:
+        added = next(each.stage for each in history.stages if domain in each.weights)
+        raise InputError(
+            f"stage {row.stage}: domain {clean(domain)} was added later, with stage {added}; "
+            f"ask of a stage that was measured after that"
+        )
+    return explainer.of(domain)
+
+
+def explained(history: RunHistory, row: StageRow) -> Explainer:
+    """Return what pushed the domains at the boundary before a stage.
+
+    Raises:
+        InputError: nothing was solved there, or an earlier version wrote the row.
+    """
+    former = next(each for each in reversed(history.stages) if each.stage < row.stage)
+    return Explainer(former, row)
+
+
+def compare(first: RunHistory, second: RunHistory) -> Answer:
+    """Compare task losses after equally many samples, last mixtures, cost and settings of two runs.
+
+    Differences are second less first: where that of a loss is negative, the second run is better.
     """
     losses = [_losses_by_samples(history) for history in (first, second)]
     common = sorted(losses[0].keys() & losses[1].keys())
@@ -217,7 +241,7 @@ def compare(first: RunHistory, second: RunHistory) -> Answer:
                 },
             }
         )
-    last = [history.stages[-1]["weights"] for history in (first, second)]
+    last = [history.stages[-1].weights for history in (first, second)]
     moved = moves(*last)
     weights = [
         {"domain": move.domain, "first": move.before, "second": move.after} for move in moved
@@ -231,20 +255,20 @@ def compare(first: RunHistory, second: RunHistory) -> Answer:
     }
 
 
-def _losses_by_samples(history: RunHistory) -> dict[int, dict[str, float]]:
-    """Losses of each task by the samples trained on when they were measured."""
-    samples: dict[int, int]
-    samples = {row["start_iteration"]: row["start_sample"] for row in history.stages}
+def _losses_by_samples(history: RunHistory) -> dict[int, dict[str, float | None]]:
+    """Return the losses of each task by the samples trained on before."""
+    samples: dict[int, int] = {row.start_iteration: row.start_sample for row in history.stages}
     samples |= {row["iteration"]: row["consumed_samples"] for row in history.metrics}
     return {samples[at]: losses for at, losses in history.task_losses.items()}
 
 
-def _minus(a: dict[str, float], b: dict[str, float], task: str) -> float | None:
-    return None if a[task] is None or b[task] is None else a[task] - b[task]
+def _minus(a: dict[str, float | None], b: dict[str, float | None], task: str) -> float | None:
+    first, second = a[task], b[task]
+    return None if first is None or second is None else first - second
 
 
 def _different(path: str, a: Any, b: Any) -> list[Answer]:
-    """Settings that differ, by their dotted name, but for those that say where things are."""
+    """Return the settings that differ, by dotted name, but for `PLACES`."""
     if isinstance(a, dict) and isinstance(b, dict):
         found = []
         for key in dict.fromkeys([*a, *b]):
@@ -254,11 +278,11 @@ def _different(path: str, a: Any, b: Any) -> list[Answer]:
 
 
 def tokens(history: RunHistory, samples: float) -> float | None:
-    """Tokens of so many samples; None where the length of one is not known."""
+    """Return the tokens of so many samples; None where the length of one is not known."""
     length = history.sequence_length
     return None if length is None else samples * length
 
 
 def known(value: float) -> float | None:
-    """`value`, or None if it is not a finite number."""
+    """Return `value`, or None if it is not a finite number."""
     return float(value) if np.isfinite(value) else None

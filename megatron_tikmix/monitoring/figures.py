@@ -1,12 +1,13 @@
-"""The looks all pictures share, and the two rules that keep arbitrary names from breaking them.
+"""The pictures of report.html: weights, influence, losses, consumption, and the baseline.
 
-Plotly reads a kind of HTML, so every name goes through `label`. Axes of names are positions with
-tick labels, never plotly's categories: two long names may be shortened alike and must not fall
-on one row, and a name like `2020` must not become a number.
+They draw what `RunHistory` holds and compute next to nothing. Two rules keep arbitrary names from
+breaking them. Plotly reads a kind of HTML, so every name goes through `label`. Axes of names are
+positions with tick labels, never plotly's categories: two long names may be shortened alike and
+must not fall on one row, and a name like `2020` must not become a number.
 """
 
 import html
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,11 +15,13 @@ import plotly.graph_objects as go
 from plotly.colors import sample_colorscale
 from plotly.subplots import make_subplots
 
+from megatron_tikmix.monitoring.answers import Answer
 from megatron_tikmix.monitoring.history import RunHistory
 from megatron_tikmix.monitoring.words import (
     Array,
     Influence,
     count,
+    mean_loss,
     number,
     percent,
     shorten,
@@ -31,15 +34,26 @@ COLOURS = [
 ]
 OTHERS = "#d5d8dd"
 INK, FAINT, RULE = "#22262e", "#6b7280", "#e3e6ea"
+GAIN, LOSS, CAP, CROWD = "#1f5f9e", "#b2562b", "#d62728", "#9db8e8"
+LONGEST_LEGEND = len(COLOURS)
+MOST_CHANGES = 24
+"""Domains that `largest_changes` draws, at most."""
+
+HARM, ZERO, BENEFIT = ("#b2562b", "#e5a27c"), "#fbfaf7", ("#7fb0d8", "#1f5f9e")
+DIVERGING = list(zip((0, 0.25, 0.5, 0.75, 1), (*HARM, ZERO, *BENEFIT), strict=True))
+GREY = [(0, "#e6e8ec"), (1, "#e6e8ec")]
+GREY_TEXT = "#7b818c"
+ROOM_FOR_NUMBERS = 8
+"""With more tasks than this beside each other, a cell is too narrow to be written in."""
 
 
 def label(name: object, width: int = 30) -> str:
-    """A name that is safe in plotly, and short enough for an axis."""
+    """Return a name that is safe in plotly, and short enough for an axis."""
     return html.escape(shorten(name, width), quote=False)
 
 
 def dress(figure: go.Figure, **layout: Any) -> go.Figure:
-    """Give `figure` the house style and `layout`; return it."""
+    """Give `figure` the style that all pictures share, and `layout`; return it."""
     margin = {"l": 10, "r": 10, "t": 20, "b": 10} | layout.pop("margin", {})
     family = "system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif"
     figure.update_layout(
@@ -56,12 +70,12 @@ def dress(figure: go.Figure, **layout: Any) -> go.Figure:
 
 
 def row_height(domains: Sequence[str]) -> int:
-    """Pixels a domain gets on a vertical axis: comfortable for a few, just legible for many."""
+    """Return the pixels of a domain on a vertical axis: ample for few, just legible for many."""
     return max(16, min(32, 720 // max(len(domains), 1)))
 
 
 def name_axis(domains: Sequence[str]) -> dict[str, Any]:
-    """Settings of a vertical axis of names, the first on top, every name shown."""
+    """Return the settings of a vertical axis of names, the first on top, every name shown."""
     return {
         "tickvals": list(range(len(domains))),
         "ticktext": [label(name) + " " for name in domains],
@@ -74,22 +88,13 @@ def name_axis(domains: Sequence[str]) -> dict[str, Any]:
     }
 
 
-# Three of the report's pictures: weights, task losses, tokens and epochs. (`heat_maps` has the
-# fourth.) They draw what `RunHistory` holds and compute next to nothing.
-
-
-LONGEST_LEGEND = len(COLOURS)
-MOST_CHANGES = 24
-GAIN, LOSS, CAP = "#1f5f9e", "#b2562b", "#d62728"
-
-
 def crowded(history: RunHistory) -> bool:
-    """Whether there are more domains than can have a colour of their own."""
+    """Return whether there are more domains than can have a colour of their own."""
     return len(history.domains) > LONGEST_LEGEND
 
 
 def weights_over_time(history: RunHistory) -> go.Figure:
-    """Stacked weights, one block a stage, for the mixture is constant between boundaries."""
+    """Stacked weights, one block for each stage: between boundaries the mixture is constant."""
     figure = go.Figure()
     starts, widths = _blocks(history.edges)
 
@@ -109,7 +114,7 @@ def weights_over_time(history: RunHistory) -> go.Figure:
     for colour, d in zip(COLOURS, named, strict=False):
         name, weight_K = history.domains[d], history.weights_KD[:, d]
         hovers = [
-            f"<b>{label(name, 60)}</b><br>stage {row['stage']}, from iteration {start:,}<br>"
+            f"<b>{label(name, 60)}</b><br>stage {row.stage}, from iteration {start:,}<br>"
             f"weight {percent(weight_K[k], 2)}<br>realised {_realised(history.realised_KD[k, d])}"
             for k, (row, start) in enumerate(zip(history.stages, starts, strict=True))
         ]
@@ -117,7 +122,7 @@ def weights_over_time(history: RunHistory) -> go.Figure:
     if others:
         weights_KO = history.weights_KD[:, others]
         hovers = [
-            f"<b>{len(others)} other domains</b><br>stage {row['stage']}<br>"
+            f"<b>{len(others)} other domains</b><br>stage {row.stage}<br>"
             f"together {percent(weight_O.sum())}, each at most {percent(weight_O.max(), 2)}"
             for row, weight_O in zip(history.stages, weights_KO, strict=True)
         ]
@@ -169,37 +174,41 @@ def task_losses(history: RunHistory) -> go.Figure:
     )
     evaluated = history.task_losses
     tasks = list(dict.fromkeys(task for losses in evaluated.values() for task in losses))
-    crowd = len(tasks) > LONGEST_LEGEND
-    colours = {} if crowd else _task_colours(history, tasks)
-    for t, task in enumerate(tasks):
-        figure.add_scatter(
-            x=list(evaluated),
-            y=[losses.get(task) for losses in evaluated.values()],
-            name=f"each of {len(tasks)} tasks" if crowd else label(task),
-            legendgroup="crowd" if crowd else None,
-            showlegend=not crowd or t == 0,
-            mode="lines" if crowd else "lines+markers",
-            line={"color": "#9db8e8", "width": 0.8} if crowd else {"color": colours[task]},
-            hovertext=f"<b>{label(task, 60)}</b>" if crowd else None,
-        )
-    if len(tasks) > 1:
-        figure.add_scatter(
-            x=list(evaluated),
-            y=list(history.mean_task_loss.values()),
-            name="mean over tasks",
-            mode="lines+markers",
-            line={"color": INK, "width": 3},
-        )
+    lines = {task: [losses.get(task) for losses in evaluated.values()] for task in tasks}
+    means = list(history.mean_task_loss.values())
+    _draw_tasks(figure, list(evaluated), lines, means, _task_colours(history, tasks))
     for row in history.stages[1:]:
-        figure.add_vline(x=row["start_iteration"], line={"color": FAINT, "width": 1, "dash": "dot"})
-    dress(figure, height=420, hovermode="closest" if crowd else "x unified")
+        figure.add_vline(x=row.start_iteration, line={"color": FAINT, "width": 1, "dash": "dot"})
+    dress(figure, height=420, hovermode=_hover_mode(tasks))
     figure.update_xaxes(title="iteration", rangemode="tozero")
     figure.update_yaxes(title="loss", hoverformat=".4f")
     return figure
 
 
+def baseline_differences(points: Sequence[Answer]) -> go.Figure:
+    """Each task's loss less that of the baseline, over the tokens trained on, and their mean.
+
+    Args:
+        points: `losses` of :func:`answers.compare`, of the baseline and of this run.
+    """
+    tasks = list(dict.fromkeys(task for point in points for task in point["tasks"]))
+    unit = "samples" if points[0]["tokens"] is None else "tokens"
+    differences = [
+        {task: entry["difference"] for task, entry in point["tasks"].items()} for point in points
+    ]
+    lines = {task: [found.get(task) for found in differences] for task in tasks}
+    figure, means = go.Figure(), [mean_loss(found) for found in differences]
+    colours = dict(zip(tasks, COLOURS, strict=False))
+    _draw_tasks(figure, [point[unit] for point in points], lines, means, colours)
+    figure.add_hline(y=0, line={"color": FAINT, "width": 1, "dash": "dot"})
+    dress(figure, height=340, hovermode=_hover_mode(tasks))
+    figure.update_xaxes(title=unit, rangemode="tozero")
+    figure.update_yaxes(title="this run − baseline", hoverformat="+.4f")
+    return figure
+
+
 def tokens_and_epochs(history: RunHistory) -> go.Figure:
-    """What was drawn from each domain so far, and how often over, in the shades of the stages."""
+    """Tokens drawn from each domain so far, and its epochs, in one shade for each stage."""
     length, rows = history.sequence_length, list(range(len(history.domains)))
     figure = make_subplots(cols=2, shared_yaxes=True, horizontal_spacing=0.04)
     height = 120 + row_height(history.domains) * max(len(rows), 2)
@@ -214,7 +223,7 @@ def tokens_and_epochs(history: RunHistory) -> go.Figure:
         total_D = amount_KD.sum(axis=0)
         for k, row in enumerate(history.stages):
             hovers = [
-                f"<b>{label(name, 60)}</b><br>{written(amount)} {unit} in stage {row['stage']}<br>"
+                f"<b>{label(name, 60)}</b><br>{written(amount)} {unit} in stage {row.stage}<br>"
                 f"{written(total)} {unit} in all"
                 for name, amount, total in zip(history.domains, amount_KD[k], total_D, strict=True)
             ]
@@ -222,7 +231,7 @@ def tokens_and_epochs(history: RunHistory) -> go.Figure:
                 x=amount_KD[k],
                 y=rows,
                 orientation="h",
-                name=f"stage {row['stage']}",
+                name=f"stage {row.stage}",
                 legendgroup=str(k),
                 showlegend=column == 1 and len(history.stages) <= LONGEST_LEGEND,
                 marker={"color": shades[k], "line": {"width": 0}},
@@ -239,8 +248,47 @@ def tokens_and_epochs(history: RunHistory) -> go.Figure:
     return figure
 
 
+def _draw_tasks(
+    figure: go.Figure,
+    x: Sequence[float],
+    lines: Mapping[str, Sequence[float | None]],
+    means: Sequence[float],
+    colours: Mapping[str, str],
+) -> None:
+    """Draw a line for each task, all alike where they are too many for colours, and their mean."""
+    crowd = len(lines) > LONGEST_LEGEND
+    for place, (task, y) in enumerate(lines.items()):
+        figure.add_scatter(
+            x=x,
+            y=y,
+            name=f"each of {len(lines)} tasks" if crowd else label(task),
+            legendgroup="crowd" if crowd else None,
+            showlegend=not crowd or place == 0,
+            mode="lines" if crowd else "lines+markers",
+            line={"color": CROWD, "width": 0.8} if crowd else {"color": colours[task]},
+            hovertext=f"<b>{label(task, 60)}</b>" if crowd else None,
+        )
+    if len(lines) > 1:
+        figure.add_scatter(
+            x=x,
+            y=means,
+            name="mean over tasks",
+            mode="lines+markers",
+            line={"color": INK, "width": 3},
+        )
+
+
+def _hover_mode(tasks: Sequence[str]) -> str:
+    return "closest" if len(tasks) > LONGEST_LEGEND else "x unified"
+
+
 def _task_colours(history: RunHistory, tasks: Sequence[str]) -> dict[str, str]:
-    """A task that is a domain's held-out split has that domain's colour; others take free ones."""
+    """Return the colour of each task; none where there are more tasks than colours.
+
+    A task that is a domain's held-out split has that domain's colour, others have free ones.
+    """
+    if len(tasks) > LONGEST_LEGEND:
+        return {}
     named, _ = _named_and_others(history)
     of_domain = dict(zip((history.domains[d] for d in named), COLOURS, strict=False))
     shared = {task: of_domain[task] for task in tasks if task in of_domain}
@@ -249,7 +297,7 @@ def _task_colours(history: RunHistory, tasks: Sequence[str]) -> dict[str, str]:
 
 
 def _mark_caps(figure: go.Figure, history: RunHistory) -> None:
-    """A tick at each domain's `max_epochs`, unless it is so far away that bars would be specks."""
+    """Draw a tick at each domain's `max_epochs`, unless bars beside it would be specks."""
     epochs_D, caps_D = np.nan_to_num(history.epochs_KD.sum(axis=0)), history.epoch_caps_D
     near = [d for d, cap in enumerate(caps_D) if cap <= 3 * epochs_D.max(initial=0.0)]
     if not near:
@@ -276,7 +324,7 @@ def _mark_caps(figure: go.Figure, history: RunHistory) -> None:
 
 
 def _mark_one_epoch(figure: go.Figure, history: RunHistory) -> None:
-    """A line where a domain starts to repeat, once some domain has come near it."""
+    """Draw a line where domains begin to repeat, once some domain has come near it."""
     if np.isnan(history.epochs_KD).all():
         figure.add_annotation(
             text="epochs are known from the first boundary on",
@@ -293,13 +341,13 @@ def _mark_one_epoch(figure: go.Figure, history: RunHistory) -> None:
 
 
 def _blocks(edges: Sequence[int]) -> tuple[list[int], list[float]]:
-    """Start and width of each stage's block; one that has only begun is drawn as a sliver."""
+    """Return start and width of each stage's block; a stage that has only begun is a sliver."""
     sliver = max(1.0, 0.01 * (edges[-1] - edges[0]))
     return list(edges[:-1]), [max(float(width), sliver) for width in np.diff(edges)]
 
 
 def _named_and_others(history: RunHistory) -> tuple[list[int], list[int]]:
-    """The domains that get a colour of their own, by the largest weight they ever had."""
+    """Return the domains with a colour of their own, those of the largest weights, and the rest."""
     if len(history.domains) <= LONGEST_LEGEND:
         return list(range(len(history.domains))), []
     by_peak = np.argsort(-history.weights_KD.max(axis=0), kind="stable").tolist()
@@ -310,22 +358,13 @@ def _realised(share: float) -> str:
     return percent(share, 2) if np.isfinite(share) else "nothing drawn yet"
 
 
-# The influence matrices as heat maps, one a boundary, gone through with a slider.
-#
-# What can be told from zero is coloured; what cannot is grey, however large it looks: a decision
-# made on grey cells is a gamble.
-
-
-HARM, ZERO, BENEFIT = ("#b2562b", "#e5a27c"), "#fbfaf7", ("#7fb0d8", "#1f5f9e")
-DIVERGING = list(zip((0, 0.25, 0.5, 0.75, 1), (*HARM, ZERO, *BENEFIT), strict=True))
-GREY = [(0, "#e6e8ec"), (1, "#e6e8ec")]
-GREY_TEXT = "#7b818c"
-ROOM_FOR_NUMBERS = 8
-"""With more tasks than this beside each other, a cell is too narrow to be written in."""
-
-
 def influence_maps(history: RunHistory) -> go.Figure:
-    """Domains down, tasks across; opens on the last boundary."""
+    """Influence matrices as heat maps, domains down and tasks across, one for each boundary.
+
+    Cells that differ from zero by more than their noise are coloured; the others are grey, however
+    large they are: a decision made on grey cells is a gamble. A slider goes through the boundaries
+    and begins at the last one.
+    """
     tasks = list(dict.fromkeys(task for _, matrix in history.measured for task in matrix.tasks))
     names = [label(task, 22) for task in tasks]
     upright = len(tasks) > ROOM_FOR_NUMBERS
@@ -334,7 +373,7 @@ def influence_maps(history: RunHistory) -> go.Figure:
     slider = 90 if len(history.measured) > 1 else 0
     figure = go.Figure()
     for row, matrix in history.measured:
-        for layer in _layers(row["stage"], matrix, tasks):
+        for layer in _layers(row.stage, matrix, tasks):
             layer.visible = row is history.measured[-1][0]
             figure.add_trace(layer)
     dress(
@@ -359,10 +398,10 @@ def influence_maps(history: RunHistory) -> go.Figure:
 
 
 def _layers(stage: int, matrix: Influence, tasks: Sequence[str]) -> Iterator[go.Heatmap]:
-    """Two layers that share the cells between them: noise in grey, the rest in colour."""
+    """Yield two layers that share the cells between them: noise in grey, the rest in colour."""
     noise_DV = matrix.is_noise().T
     relative_DV = np.round(matrix.relative().values_VD.T, 3)
-    texts_DV, hovers_DV = _words(stage, matrix)
+    texts_DV, hovers_DV = _cell_texts(stage, matrix)
     size = 12 if row_height(matrix.domains) > 20 else 10
     for hidden_DV, scale, font in (
         (~noise_DV, GREY, {"size": size, "color": GREY_TEXT}),
@@ -387,8 +426,8 @@ def _layers(stage: int, matrix: Influence, tasks: Sequence[str]) -> Iterator[go.
         )
 
 
-def _words(stage: int, matrix: Influence) -> tuple[np.ndarray, np.ndarray]:
-    """What is written in each cell, and what hovering over it tells."""
+def _cell_texts(stage: int, matrix: Influence) -> tuple[np.ndarray, np.ndarray]:
+    """Return what is written in each cell, and what is shown over it when the pointer is there."""
     relative, noise_VD = matrix.relative(), matrix.is_noise()
     texts_DV = np.full(noise_VD.T.shape, "", dtype=object)
     hovers_DV = np.full(noise_VD.T.shape, "", dtype=object)
@@ -406,11 +445,11 @@ def _words(stage: int, matrix: Influence) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _slider(history: RunHistory, above: int) -> dict[str, Any]:
-    """Steps through the boundaries: shows the two layers of one and hides all others'."""
+    """Return a slider over the boundaries; each step shows the two layers of one of them."""
     layers = range(2 * len(history.measured))
     steps = [
         {
-            "label": f"stage {row['stage']}, iteration {row['start_iteration']:,}",
+            "label": f"stage {row.stage}, iteration {row.start_iteration:,}",
             "method": "update",
             "args": [{"visible": [layer // 2 == shown for layer in layers]}],
         }

@@ -1,77 +1,26 @@
-"""The files a run leaves in its directory: appended to by training, read by everything else.
+"""The files of a run directory: training appends to them, everything else reads them.
 
     config.yaml     the resolved configuration
-    metrics.jsonl   one object a logged step
-    mixture.jsonl   the ledger: one object a stage of the mixture
-    starts.jsonl    one object each time the run was started, with versions and layout
+    metrics.jsonl   one object for each logged step
+    mixture.jsonl   the ledger: one object for each stage of the mixture
+    starts.jsonl    one object for each start of the run, with versions and layout
 
-JSON lines are appended whole and flushed, so a reader never needs the run to be over, and a
-killed run costs at most the line it was writing.
+Lines are appended whole and flushed, so a reader need not wait until the run is over, and a killed
+run loses at most the line that it was writing.
 """
 
-import json
-import math
-import os
-from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO
 
-import numpy as np
 import yaml
 
+from megatron_tikmix.decision.ledger import Ledger
 from megatron_tikmix.errors import InputError
-
-Row = dict[str, Any]
-
-
-def append_jsonl(path: str | Path, row: Mapping[str, Any]) -> None:
-    """Append `row` as one line of JSON, onto the disk. Numbers that are not finite become null.
-
-    Raises:
-        OSError: the disk is full, say; the file is then what it was.
-    """
-    with open(path, "a+b", buffering=0) as file:
-        _mend_torn_tail(file)
-        end = file.seek(0, os.SEEK_END)
-        try:
-            line = memoryview(json_line(row).encode("ascii"))
-            while line:
-                line = line[file.write(line) :]
-            os.fsync(file.fileno())
-        except OSError:
-            file.truncate(end)
-            raise
-
-
-def json_line(row: Mapping[str, Any]) -> str:
-    """`row` as one line of JSON, line end included. Numbers that are not finite become null."""
-    return json.dumps(_plain(row), allow_nan=False) + "\n"
-
-
-def read_jsonl(path: str | Path) -> list[Row]:
-    """Every object of the file. A last line torn by a kill is dropped; no file means no rows."""
-    path = Path(path)
-    if not path.exists():
-        return []
-    *lines, tail = path.read_bytes().split(b"\n")
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        row = _parse(line)
-        if row is None:
-            raise InputError(
-                f"{path}, line {number}: not a JSON object; mend or delete that line, "
-                "every line of this file must be one."
-            )
-        rows.append(row)
-    last = _parse(tail)
-    return rows if last is None else [*rows, last]
+from megatron_tikmix.json_lines import Row, read_jsonl
 
 
 class RunFiles:
-    """What is in a run directory at this moment. Each file is read once, on first use."""
+    """The contents of a run directory. Each file is read once, when it is first asked for."""
 
     def __init__(self, run_dir: str | Path) -> None:
         self.run_dir = Path(run_dir)
@@ -80,7 +29,7 @@ class RunFiles:
 
     @cached_property
     def config(self) -> Row:
-        """The resolved configuration; empty while it is not written."""
+        """The resolved configuration; empty until it is written."""
         path = self.run_dir / "config.yaml"
         if not path.exists():
             return {}
@@ -92,58 +41,21 @@ class RunFiles:
 
     @cached_property
     def metrics(self) -> list[Row]:
-        """One row a logged step, by iteration."""
+        """The row of each logged step, by iteration."""
         return _last_of_each(read_jsonl(self.run_dir / "metrics.jsonl"), "iteration")
 
     @cached_property
-    def ledger(self) -> list[Row]:
-        """One row a stage, by stage."""
-        return _last_of_each(read_jsonl(self.run_dir / "mixture.jsonl"), "stage")
+    def ledger(self) -> Ledger:
+        """The rows of the stages."""
+        return Ledger.read(self.run_dir)
 
     @cached_property
     def starts(self) -> list[Row]:
-        """One row each time that training was started or gone on with, in order of time."""
+        """The row of each start of training, in order of time; resuming is a start too."""
         return read_jsonl(self.run_dir / "starts.jsonl")
 
 
 def _last_of_each(rows: list[Row], key: str) -> list[Row]:
-    """Rows by `key`: a run resumed from an older checkpoint writes some again, and those count."""
+    """Return the last row of each `key`: a resumed run writes those after its checkpoint again."""
     latest = {row[key]: row for row in rows if key in row}
     return [latest[value] for value in sorted(latest)]
-
-
-def _mend_torn_tail(file: BinaryIO) -> None:
-    """Make the file end on a whole line, or what is appended would be glued to a torn one."""
-    end = file.seek(0, os.SEEK_END)
-    if end == 0:
-        return
-    file.seek(end - 1)
-    if file.read(1) == b"\n":
-        return
-    file.seek(0)
-    tail = file.read().rpartition(b"\n")[2]
-    if _parse(tail) is None:
-        file.truncate(end - len(tail))
-    else:
-        file.write(b"\n")  # whole, but for its line end
-
-
-def _parse(line: bytes) -> Row | None:
-    try:
-        row = json.loads(line)
-    except ValueError:  # of which JSONDecodeError and UnicodeDecodeError are kinds
-        return None
-    return row if isinstance(row, dict) else None
-
-
-def _plain(value: Any) -> Any:
-    """`value` in JSON's own types; JSON has no NaN and no infinity."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, np.generic | np.ndarray):
-        return _plain(value.tolist())
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value

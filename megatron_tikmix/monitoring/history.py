@@ -1,83 +1,23 @@
-"""What a boundary costs: its probe, its rollouts and its audit, beside the training it decides on.
+"""A run as arrays: what its files say, put side by side for pictures, tables and answers.
 
-Compute is counted in tokens of training: a token that goes forward and backward is one, a token
-that only goes forward (an evaluation) a third, for a backward pass is twice a forward one.
+Letters: K stages of the mixture, D domains.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 
-from megatron_tikmix.monitoring.files import Row, RunFiles
-from megatron_tikmix.monitoring.words import Array, Influence, mean_loss
-
-FORWARD = 1 / 3
-
-
-@dataclass(frozen=True)
-class Spent:
-    """What one part of a boundary took.
-
-    Attributes:
-        kind: "probe", "rollouts" or "audit".
-        trained_tokens: forward and backward.
-        evaluated_tokens: forward only.
-        seconds: None if not recorded.
-    """
-
-    kind: str
-    trained_tokens: int
-    evaluated_tokens: int
-    seconds: float | None
-
-    @property
-    def compute(self) -> float:
-        """In tokens of training."""
-        return self.trained_tokens + FORWARD * self.evaluated_tokens
-
-
-def spent(row: Mapping[str, Any]) -> list[Spent]:
-    """The parts of the boundary before a stage, from its row of the ledger."""
-    parts = []
-    if row.get("probe_tokens"):
-        parts.append(Spent("probe", row["probe_tokens"], 0, row.get("probe_seconds")))
-    for kind, found in (("rollouts", row.get("rollout")), ("audit", row.get("audit"))):
-        if found:
-            tokens = found["trained_tokens"], found["evaluated_tokens"]
-            parts.append(Spent(kind, *tokens, found.get("seconds")))
-    return parts
-
-
-def total(kind: str, parts: list[Spent]) -> Spent:
-    """All parts of a kind in one."""
-    mine = [part for part in parts if part.kind == kind]
-    seconds = [part.seconds for part in mine if part.seconds is not None]
-    return Spent(
-        kind,
-        sum(part.trained_tokens for part in mine),
-        sum(part.evaluated_tokens for part in mine),
-        sum(seconds) if seconds else None,
-    )
-
-
-def share_of_compute(parts: list[Spent], trained_tokens: float) -> float | None:
-    """Of the compute of `parts` and of so many tokens of training; None without any of either."""
-    part = sum(each.compute for each in parts)
-    return part / (part + trained_tokens) if part + trained_tokens > 0 else None
-
-
-# A run as arrays: what its files say, put side by side for pictures and tables.
-#
-# Letters: K stages of the mixture, D domains.
+from megatron_tikmix.decision.ledger import StageRow
+from megatron_tikmix.monitoring.files import RunFiles
+from megatron_tikmix.monitoring.words import Array, Influence, Spent, mean_loss, spent
 
 
 class RunHistory:
-    """Everything the report shows, derived from the run's files; valid at any moment of the run.
+    """What can be derived from a run's files, at any moment of the run.
 
-    Domains come in the order of their last weight, the largest first, wherever they are listed.
+    Domains are in the order of their last weight, the largest first.
     """
 
     def __init__(self, files: RunFiles) -> None:
@@ -85,44 +25,44 @@ class RunHistory:
         self.metrics = files.metrics
         self.stages = files.ledger
         self.starts = files.starts
-        last = self.stages[-1]["weights"] if self.stages else {}
-        names = dict.fromkeys(name for row in self.stages for name in row["weights"])
+        last = self.stages[-1].weights if self.stages else {}
+        names = dict.fromkeys(name for row in self.stages for name in row.weights)
         self.domains: list[str] = sorted(names, key=lambda name: -last.get(name, 0.0))
-        self.weights_KD = self._per_domain("weights")
+        self.weights_KD = self._per_domain([row.weights for row in self.stages])
 
     def setting(self, *path: str) -> Any:
-        """A value of the configuration, or None."""
+        """Return a value of the configuration, or None."""
         value: Any = self.config
         for key in path:
             value = value.get(key) if isinstance(value, dict) else None
         return value
 
-    def _per_domain(self, field: str) -> Array:
-        named = [row.get(field) or {} for row in self.stages]
-        rows = [[values.get(name, 0.0) for name in self.domains] for values in named]
+    def _per_domain(self, values_K: Sequence[Mapping[str, float]]) -> Array:
+        """Return each stage's values by domain as an array; 0 where there is none."""
+        rows = [[values.get(name, 0.0) for name in self.domains] for values in values_K]
         return np.array(rows, dtype=np.float64).reshape(len(self.stages), len(self.domains))
 
     @property
     def iteration(self) -> int:
-        """The last iteration anything is known of."""
+        """The last iteration that a file mentions."""
         logged = self.metrics[-1]["iteration"] if self.metrics else 0
-        return max(logged, self.stages[-1]["start_iteration"] if self.stages else 0)
+        return max(logged, self.stages[-1].start_iteration if self.stages else 0)
 
     @property
     def samples(self) -> int:
         """Samples trained on so far."""
         logged = self.metrics[-1].get("consumed_samples", 0) if self.metrics else 0
-        return max(logged, self.stages[-1]["start_sample"] if self.stages else 0)
+        return max(logged, self.stages[-1].start_sample if self.stages else 0)
 
     @property
     def sequence_length(self) -> int | None:
-        """Tokens a sample."""
+        """Tokens in a sample."""
         return self.setting("data", "sequence_length")
 
     @property
     def edges(self) -> list[int]:
         """The K + 1 iterations between which the stages lie; the last one may still be growing."""
-        starts = [row["start_iteration"] for row in self.stages]
+        starts = [row.start_iteration for row in self.stages]
         return [*starts, self.iteration] if starts else []
 
     @cached_property
@@ -133,17 +73,17 @@ class RunHistory:
         """
         if not self.stages:
             return np.zeros((0, 0))
-        before_KD = self._per_domain("domain_samples")
+        before_KD = self._per_domain([row.domain_samples for row in self.stages])
         counted = self.metrics[-1].get("domain_samples") if self.metrics else None
-        if counted and self.metrics[-1]["iteration"] >= self.stages[-1]["start_iteration"]:
+        if counted and self.metrics[-1]["iteration"] >= self.stages[-1].start_iteration:
             open_D = np.array([counted.get(name, 0.0) for name in self.domains]) - before_KD[-1]
         else:  # the blending follows the weights to within a sample
-            open_D = self.weights_KD[-1] * (self.samples - self.stages[-1]["start_sample"])
+            open_D = self.weights_KD[-1] * (self.samples - self.stages[-1].start_sample)
         return np.vstack([np.diff(before_KD, axis=0), open_D])
 
     @cached_property
     def realised_KD(self) -> Array:
-        """Each domain's share of the samples drawn within a stage so far; NaN before there are."""
+        """Each domain's share of the samples drawn within a stage; NaN where none is drawn yet."""
         total_K1 = self.samples_KD.sum(axis=1, keepdims=True)
         return self.samples_KD / np.where(total_K1 > 0, total_K1, np.nan)
 
@@ -151,16 +91,17 @@ class RunHistory:
     def epochs_KD(self) -> Array:
         """Passes over each domain within each stage; NaN for a domain whose size is not known yet.
 
-        The ledger, and the metrics where an interval ends, give epochs and samples: their ratio is
-        the domain's size.
+        The ledger has samples and epochs, and so have the metrics where an interval ends: their
+        ratio is the domain's size.
         """
-        last = [row for row in [*self.stages, *self.metrics] if row.get("domain_epochs")][-1:]
-        samples_D, epochs_D = (
-            np.array([row[field].get(name, 0.0) for row in last for name in self.domains])
-            if last
-            else np.zeros(len(self.domains))
-            for field in ("domain_samples", "domain_epochs")
-        )
+        counted: list[tuple[Any, Any]] = [
+            (row.domain_samples, row.domain_epochs) for row in self.stages
+        ]
+        counted += [(row.get("domain_samples"), row.get("domain_epochs")) for row in self.metrics]
+        known = [(samples, epochs) for samples, epochs in counted if samples and epochs]
+        samples, epochs = known[-1] if known else ({}, {})
+        samples_D = np.array([samples.get(name, 0.0) for name in self.domains], dtype=np.float64)
+        epochs_D = np.array([epochs.get(name, 0.0) for name in self.domains], dtype=np.float64)
         epochs_per_sample_D = np.full(len(self.domains), np.nan)
         np.divide(epochs_D, samples_D, out=epochs_per_sample_D, where=samples_D > 0)
         return self.samples_KD * epochs_per_sample_D
@@ -174,15 +115,16 @@ class RunHistory:
         return np.array([np.inf if cap is None else cap for cap in found], dtype=np.float64)
 
     @cached_property
-    def measured(self) -> list[tuple[Row, Influence]]:
+    def measured(self) -> list[tuple[StageRow, Influence]]:
         """The stages whose boundary measured an influence matrix, with that matrix."""
         found = [(row, Influence.of(row, self.domains)) for row in self.stages]
         return [(row, influence) for row, influence in found if influence is not None]
 
     @cached_property
-    def task_losses(self) -> dict[int, dict[str, float]]:
+    def task_losses(self) -> dict[int, dict[str, float | None]]:
         """Loss of each task at every iteration where an evaluation took place."""
-        losses = {row["start_iteration"]: row.get("task_loss") or {} for row in self.stages}
+        losses: dict[int, dict[str, float | None]]
+        losses = {row.start_iteration: dict(row.task_loss) for row in self.stages}
         losses |= {row["iteration"]: row["task_loss"] for row in self.metrics if "task_loss" in row}
         return {iteration: losses[iteration] for iteration in sorted(losses) if losses[iteration]}
 
@@ -193,22 +135,22 @@ class RunHistory:
 
     @property
     def probe_token_share(self) -> float | None:
-        """Tokens the probes processed, of those that training and probes processed."""
+        """The probes' share of the tokens that training and probes processed."""
         if self.sequence_length is None:
             return None
-        probe = sum(row.get("probe_tokens") or 0 for row in self.stages)
-        return _share(probe, self.samples * self.sequence_length)
+        probe = sum(row.probe_tokens for row in self.stages)
+        return share_of(probe, self.samples * self.sequence_length)
 
     @property
     def probe_time_share(self) -> float | None:
-        """Seconds the probes took, of those that training and probes took.
+        """The probes' share of the seconds that training and probes took.
 
-        Training time is what the logged throughput says: evaluation and checkpoints are left out.
+        The time of training follows from the logged throughput, without evaluation and checkpoints.
         """
         if self.sequence_length is None:
             return None
-        probe = sum(row.get("probe_seconds") or 0.0 for row in self.stages)
-        return _share(probe, self.training_seconds)
+        probe = sum(row.probe_seconds for row in self.stages)
+        return share_of(probe, self.training_seconds)
 
     @cached_property
     def training_seconds(self) -> float:
@@ -223,10 +165,25 @@ class RunHistory:
 
     @cached_property
     def spent(self) -> list[Spent]:
-        """What the boundaries took altogether, by kind: probes, rollouts and audits."""
+        """What all boundaries took together: their probes, rollouts and audits."""
         parts = [part for row in self.stages for part in spent(row)]
-        return [total(kind, parts) for kind in dict.fromkeys(part.kind for part in parts)]
+        return [
+            _total([part for part in parts if part.kind == kind])
+            for kind in dict.fromkeys(part.kind for part in parts)
+        ]
 
 
-def _share(part: float, rest: float) -> float | None:
+def share_of(part: float, rest: float) -> float | None:
+    """Return `part` as a share of `part` and `rest`; None where both are 0."""
     return part / (part + rest) if part + rest > 0 else None
+
+
+def _total(parts: list[Spent]) -> Spent:
+    """Return parts of one kind as one."""
+    seconds = [part.seconds for part in parts if part.seconds is not None]
+    return Spent(
+        parts[0].kind,
+        sum(part.trained_tokens for part in parts),
+        sum(part.evaluated_tokens for part in parts),
+        sum(seconds) if seconds else None,
+    )

@@ -1,24 +1,32 @@
-"""The answers of :mod:`megatron_tikmix.monitoring.answers` as tables for the terminal."""
+"""Tables: the one `Table` that rich and report.html render, and what the terminal shows with it.
+
+`boundary_table` is what a boundary prints while a run trains; the `show_` functions print the
+answers of :mod:`megatron_tikmix.monitoring.answers`. The tables that only report.html has are made
+in :mod:`megatron_tikmix.monitoring.report`.
+"""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
+from rich import table as rich_table
 from rich.box import SIMPLE_HEAD
 from rich.cells import cell_len
-from rich.console import Console, RenderableType
-from rich.table import Table
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.text import Text
 
 from megatron_tikmix.decision.explain import Explanation
+from megatron_tikmix.decision.ledger import StageRow
 from megatron_tikmix.monitoring.answers import Answer
 from megatron_tikmix.monitoring.words import (
     DASH,
+    Array,
     Influence,
     Move,
     clean,
     count,
+    mean_loss,
     moves,
     number,
     percent,
@@ -27,56 +35,224 @@ from megatron_tikmix.monitoring.words import (
     with_error,
 )
 
-POINTS = ["of the change, points"]
+FEW_COLUMNS = 8
+"""More columns than this stand one space apart on the terminal, not two."""
+NARROWEST = 10
+"""Characters to which a name is cut, at least, where a terminal has no room for more."""
 MOST_STAGES = 8
-"""Of more stages, `mixture` shows the first and the last ones."""
+"""Stages that `show_mixture` has columns for: of more, the first one and the last ones."""
+MOST_DOMAINS = 20
+"""Domains that `boundary_table` has rows for: those that moved most."""
+LONGEST_TASK = 12
+"""Characters of a task's name above a column of `boundary_table`."""
+
+Column = tuple[str, list[str]]
+"""A head and the cells below it."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of plain text: a renderable of rich, and what the `table` of report.html.j2 takes.
+
+    Attributes:
+        heads: the head of each column.
+        rows: lines of cells, one cell under each head.
+        words: positions of the columns of words, set flush left and wrapped where they must be.
+            All others are numbers, set flush right and never wrapped.
+        unbroken: positions of columns of words that are not wrapped; a narrow terminal cuts them,
+            down to `NARROWEST` characters.
+        title: a line above the table.
+    """
+
+    heads: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    words: Collection[int] = (0,)
+    unbroken: Collection[int] = ()
+    title: str = ""
+
+    def fits(self, width: int) -> bool:
+        """Return whether a terminal of `width` columns shows it with every number whole."""
+        cut = [
+            min(column, NARROWEST) if place in self.unbroken else column
+            for place, column in enumerate(self._widths)
+        ]
+        return sum(cut) + self._gap * (len(cut) - 1) <= width
+
+    @property
+    def _widths(self) -> list[int]:
+        lines = [self.heads, *self.rows]
+        return [max(cell_len(line[place]) for line in lines) for place in range(len(self.heads))]
+
+    @property
+    def _gap(self) -> int:
+        return 2 if len(self.heads) <= FEW_COLUMNS else 1
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        grid = rich_table.Table(
+            title=Text(self.title, style="table.title") if self.title else None,
+            title_justify="left",
+            box=SIMPLE_HEAD,
+            show_edge=False,
+            pad_edge=False,
+            padding=(0, self._gap - 1, 0, 0),  # and one that the box puts between columns
+        )
+        widths = self._widths
+        missing = max(0, sum(widths) + self._gap * (len(widths) - 1) - options.max_width)
+        for place, (head, width) in enumerate(zip(self.heads, widths, strict=True)):
+            wrapped = place in self.words and place not in self.unbroken
+            grid.add_column(
+                Text(head),
+                justify="left" if place in self.words else "right",
+                no_wrap=not wrapped,
+                overflow="fold" if wrapped else "ellipsis",
+                max_width=max(NARROWEST, width - missing) if place in self.unbroken else None,
+            )
+        for row in self.rows:
+            grid.add_row(*map(Text, row))
+        yield grid
+
+
+def boundary_table(
+    former_row: StageRow | None,
+    row: StageRow,
+    domain_tokens: Mapping[str, float],
+    width: int,
+    most_tasks: int,
+) -> Iterator[RenderableType]:
+    """Yield a table of weights, influence and tokens of each domain, and lines that explain it.
+
+    Args:
+        former_row: the ledger's row of the stage before; None: there is none.
+        row: that of the stage that begins.
+        width: columns of the terminal. Where influence on each task has no room, its mean is given.
+        most_tasks: of more tasks, the mean is given too.
+    """
+    former = former_row.weights if former_row else row.weights
+    moved = moves(former, row.weights)
+    shown, left_out = moved[:MOST_DOMAINS], moved[MOST_DOMAINS:]
+    influence = Influence.of(row, [move.domain for move in moved])
+
+    def with_influence(measured: Sequence[Column]) -> Table:
+        columns = [
+            ("domain", [clean(move.domain) for move in shown]),
+            ("weight %", [f"{100 * move.before:.1f} → {100 * move.after:.1f}" for move in shown]),
+            *measured,
+            ("tokens", [count(domain_tokens.get(move.domain)) for move in shown]),
+        ]
+        heads, cells = zip(*columns, strict=True)
+        title = f"stage {row.stage}, after iteration {row.start_iteration}"
+        return Table(heads, list(zip(*cells, strict=True)), unbroken=(0,), title=title)
+
+    if influence is None:
+        yield with_influence([])
+    else:
+        columns, unit = _influence_by_task(influence, len(shown))
+        table = with_influence(columns)
+        if len(influence.tasks) > most_tasks or not table.fits(width):
+            columns, unit = _mean_influence(influence, len(shown))
+            table = with_influence(columns)
+        yield table
+        yield Text(f"{unit}: positive lowers the loss, ± is one standard error.")
+    if left_out:
+        most = number(100 * abs(left_out[0].change), 2)
+        yield Text(f"Not shown: {len(left_out)} domains that moved by at most {most} points.")
+
+
+def _influence_by_task(influence: Influence, shown: int) -> tuple[list[Column], str]:
+    """Return a column for each task, of the first `shown` domains, and the unit of all."""
+    values_VD, errors_VD = influence.values_VD[:, :shown], influence.errors_VD[:, :shown]
+    largest = np.nan_to_num(np.abs([values_VD, errors_VD])).max(initial=0.0)
+    exponent = math.floor(math.log10(largest)) if largest > 0 else 0
+    scale = 10.0**exponent
+    columns = [
+        (shorten(task, LONGEST_TASK), _measurements(value_D / scale, error_D / scale))
+        for task, value_D, error_D in zip(influence.tasks, values_VD, errors_VD, strict=True)
+    ]
+    return columns, f"Influence in units of 1e{exponent:+d}"
+
+
+def _mean_influence(influence: Influence, shown: int) -> tuple[list[Column], str]:
+    """Return a column for the mean over tasks, of the first `shown` domains, and its unit."""
+    mean_D, error_D = influence.relative().mean()
+    column = ("mean influence", _measurements(mean_D[:shown], error_D[:shown]))
+    return [column], f"Mean over {len(influence.tasks)} tasks, each relative to its largest"
+
+
+def _measurements(values_D: Array, errors_D: Array) -> list[str]:
+    pairs = zip(values_D, errors_D, strict=True)
+    return [with_error(value, error, between="±") for value, error in pairs]
+
+
+def losses_table(task_losses: Mapping[str, Answer], head: str, columns: Mapping[str, str]) -> Table:
+    """Return the task losses of two runs, and their mean where there are several tasks.
+
+    Args:
+        task_losses: `tasks` of one of the `losses` that :func:`answers.compare` returns.
+        head: stands above the tasks.
+        columns: what each column shows of an entry ("first", "second" or "difference"), by head.
+    """
+    lines = [(clean(task), entry) for task, entry in task_losses.items()]
+    if len(lines) > 1:
+        first, second = (
+            mean_loss({task: entry[run] for task, entry in task_losses.items()})
+            for run in ("first", "second")
+        )
+        mean = {"first": first, "second": second, "difference": second - first}
+        lines.append(("mean over tasks", mean))
+    written = {"first": number, "second": number, "difference": signed}
+    rows = [
+        [task, *(written[shown](entry[shown], 4) for shown in columns.values())]
+        for task, entry in lines
+    ]
+    return Table([head, *columns], rows)
 
 
 def show_summary(answer: Answer, console: Console) -> None:
+    """Print the run in words, a line for each boundary, and the reason of the last one."""
     _say(console, answer["words"])
     rows = []
     for boundary in answer["boundaries"]:
         moved = [Move(m["domain"], m["before"], m["after"]) for m in boundary["largest_moves"]]
-        noise = boundary["total_variation_noise"]
         rows.append(
             [
                 str(boundary["stage"]),
                 f"{boundary['iteration']:,}",
                 clean(boundary["source"] or DASH),
                 number(boundary["total_variation"]),
-                number(noise),
+                number(boundary["total_variation_noise"]),
                 "; ".join(move.in_words() for move in moved) or DASH,
             ]
         )
     if rows:
         heads = ["stage", "iteration", "source", "moved", "noise", "largest moves"]
-        console.print(_table(heads, rows, words={"source", "largest moves"}))
+        console.print(Table(heads, rows, words=(0, 2, 5)))
     for boundary in answer["boundaries"][-1:]:
         _say(console, f"Stage {boundary['stage']}: {boundary['reason']} {boundary['cost']}")
 
 
 def show_mixture(answer: Answer, console: Console) -> None:
+    """Print every domain's weight in each stage, and what was drawn from it."""
     shown = list(range(len(answer["stages"])))
     if len(shown) > MOST_STAGES:
         shown = [0, *shown[1 - MOST_STAGES :]]
-    heads = [f"stage {answer['stages'][k]}" for k in shown]
+    amount = "samples" if answer["domains"][0]["tokens"] is None else "tokens"
+    heads = ["domain", *(f"stage {answer['stages'][k]}" for k in shown), amount, "epochs"]
     rows = [
         [
             clean(row["domain"]),
             *(percent(row["weights"][k], 2) for k in shown),
-            count(row["samples"] if row["tokens"] is None else row["tokens"]),
+            count(row[amount]),
             number(row["epochs"], 2),
         ]
         for row in answer["domains"]
     ]
-    amount = "samples" if answer["domains"][0]["tokens"] is None else "tokens"
-    console.print(_table(["domain", *heads, amount, "epochs"], rows, words={"domain"}))
+    console.print(Table(heads, rows))
     if len(shown) < len(answer["stages"]):
         _say(console, f"{len(answer['stages'])} stages; --json has all of them.")
 
 
 def show_influence(answer: Answer, console: Console) -> None:
-    """A line a domain, a column a task."""
+    """Print the matrix: a line for each domain, a column for each task."""
     where = f"before stage {answer['stage']}, iteration {answer['iteration']:,}"
     curvature = f", curvature {answer['curvature']}" if answer["curvature"] else ""
     _say(
@@ -92,23 +268,26 @@ def show_influence(answer: Answer, console: Console) -> None:
     rows = [
         [
             clean(domain),
-            *(_cell(t["domains"][domain], s) for t, s in zip(tasks, scales, strict=True)),
+            *(
+                _relative(task["domains"][domain], scale)
+                for task, scale in zip(tasks, scales, strict=True)
+            ),
         ]
         for domain in tasks[0]["domains"]
     ]
-    heads = ["domain", *(shorten(task["task"], 14) for task in tasks)]
-    console.print(_table(heads, rows, words={"domain"}))
+    console.print(Table(["domain", *(shorten(task["task"], 14) for task in tasks)], rows))
 
 
-def _cell(entry: Answer, scale: float) -> str:
+def _relative(entry: Answer, scale: float) -> str:
     if entry["influence"] is None:
         return DASH
-    error = entry["standard_error"]
-    cell = with_error(entry["influence"] / scale, float("nan") if error is None else error / scale)
-    return f"{cell} ·" if entry["within_noise"] else f"{cell}  "
+    error = math.nan if entry["standard_error"] is None else entry["standard_error"]
+    mark = " ·" if entry["within_noise"] else "  "
+    return with_error(entry["influence"] / scale, error / scale) + mark
 
 
 def show_why(found: Explanation, console: Console) -> None:
+    """Print what pushed a domain's weight, and what each push has made of the change."""
     name = clean(found.domain)
     _say(
         console,
@@ -116,19 +295,18 @@ def show_why(found: Explanation, console: Console) -> None:
         f"{percent(found.before)} → {percent(found.after)} ({found.source}); the solver's answer "
         f"was {percent(found.solved)}.",
     )
-    console.print(
-        _table(["what pushes the weight (up: +)", "push", *POINTS], _parts(found), words=set())
-    )
-    held = ", ".join(map(clean, found.active_constraints)) or "none"
-    _say(console, f"Constraints that bind here: {held}.")
+    heads = ["what pushes the weight (up: +)", "push", "of the change, points"]
+    console.print(Table(heads, _pushes(found)))
+    active = ", ".join(map(clean, found.active_constraints)) or "none"
+    _say(console, f"Constraints that bind here: {active}.")
     moved, noise = number(found.total_variation), number(found.total_variation_noise)
     _say(console, f"The mixture moved by {moved} (noise of the answer {noise}): {found.reason}.")
     if found.note:
         _say(console, f"Note: {found.note}.")
 
 
-def _parts(found: Explanation) -> list[list[str]]:
-    """A line a part: what it pushes, and what it has made of the change, in points."""
+def _pushes(found: Explanation) -> list[list[str]]:
+    """Return a row for each part: its push, and what it has made of the change, in points."""
     change = found.change
     gains = change.gain if change else dict.fromkeys(found.gain)
     rows: list[tuple[str, float | None, float | None]] = [
@@ -136,7 +314,7 @@ def _parts(found: Explanation) -> list[list[str]]:
         ("uniformity over tasks", found.uniformity, change.uniformity if change else None),
         ("diversity", found.diversity, change.diversity if change else None),
         ("active constraints", found.constraints, change.constraints if change else None),
-        ("all domains alike", None, change.shared if change else None),
+        ("all domains alike", found.shared, change.shared if change else None),
         ("sum", _sum(found), change.total if change else None),
     ]
     noise = change.noise if change else None
@@ -151,29 +329,23 @@ def _points(part: float | None) -> str:
 
 
 def _sum(found: Explanation) -> float | None:
-    terms = [*found.gain.values(), found.uniformity, found.diversity, found.constraints]
-    known = [term for term in terms if term is not None]
-    return sum(known) if len(known) == len(terms) else None
+    if found.constraints is None or found.shared is None:
+        return None
+    terms = [*found.gain.values(), found.uniformity, found.diversity]
+    return sum([*terms, found.constraints, found.shared])
 
 
 def show_compare(answer: Answer, names: Sequence[str], console: Console) -> None:
+    """Print the last losses, the last mixtures, the cost and the settings of two runs, A and B."""
     _say(console, f"A = {clean(names[0])}, B = {clean(names[1])}; differences are B − A.")
     if not answer["losses"]:
         _say(console, "The runs were never evaluated after the same number of samples.")
     for losses in answer["losses"][-1:]:
-        spent = losses["tokens"]
-        after = f"{losses['samples']:,} samples" if spent is None else f"{count(spent)} tokens"
+        tokens = losses["tokens"]
+        after = f"{losses['samples']:,} samples" if tokens is None else f"{count(tokens)} tokens"
         _say(console, f"Task losses after {after}, the last point that both were evaluated at:")
-        rows = [
-            [
-                clean(task),
-                number(entry["first"], 4),
-                number(entry["second"], 4),
-                signed(entry["difference"], 4),
-            ]
-            for task, entry in losses["tasks"].items()
-        ]
-        console.print(_table(["task", "A", "B", "B − A"], rows, words={"task"}))
+        columns = {"A": "first", "B": "second", "B − A": "difference"}
+        console.print(losses_table(losses["tasks"], "task", columns))
     rows = [
         [
             clean(row["domain"]),
@@ -184,7 +356,7 @@ def show_compare(answer: Answer, names: Sequence[str], console: Console) -> None
         for row in answer["weights"]
     ]
     _say(console, f"Last mixtures, {number(answer['total_variation'])} apart (total variation):")
-    console.print(_table(["domain", "A", "B", "points"], rows, words={"domain"}))
+    console.print(Table(["domain", "A", "B", "points"], rows))
     shares = " and ".join(percent(share) for share in answer["probe_token_share"])
     _say(console, f"Probes took {shares} of all tokens processed.")
     if answer["settings"]:
@@ -192,119 +364,8 @@ def show_compare(answer: Answer, names: Sequence[str], console: Console) -> None
             [row["setting"], clean(row["first"]), clean(row["second"])]
             for row in answer["settings"]
         ]
-        console.print(_table(["setting that differs", "A", "B"], rows, words={"A", "B"}))
-
-
-def _table(heads: Sequence[str], rows: Sequence[Sequence[str]], words: set[str]) -> Table:
-    """Columns of `words` may be folded; the others are numbers and stay whole."""
-    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    for index, head in enumerate(heads):
-        textual = head in words or index == 0
-        table.add_column(
-            Text(head),
-            justify="left" if textual else "right",
-            no_wrap=not textual,
-            overflow="fold",
-        )
-    for row in rows:
-        table.add_row(*(Text(cell) for cell in row))
-    return table
+        console.print(Table(["setting that differs", "A", "B"], rows, words=(0, 1, 2)))
 
 
 def _say(console: Console, text: str) -> None:
     console.print(text, markup=False, highlight=False, emoji=False)
-
-
-# A boundary as a table for the terminal: every domain's weight, its influence, its tokens.
-
-
-MOST_DOMAINS = 20
-NARROWEST_DOMAIN, WIDEST_TASK = 10, 12
-
-Column = tuple[str, list[str]]
-
-
-def boundary_table(
-    former_row: Mapping[str, Any] | None,
-    row: Mapping[str, Any],
-    domain_tokens: Mapping[str, float],
-    width: int,
-    most_tasks: int,
-) -> Iterator[RenderableType]:
-    """The table, a line on its units, and a line on what it leaves out."""
-    former = former_row["weights"] if former_row else row["weights"]
-    moved = moves(former, row["weights"])
-    shown, left_out = moved[:MOST_DOMAINS], moved[MOST_DOMAINS:]
-    influence = Influence.of(row, [move.domain for move in moved])
-    measured, unit = _influence_columns(influence, len(shown), most_tasks)
-    columns = [
-        ("weight %", [_weight(move) for move in shown]),
-        *measured,
-        ("tokens", [count(domain_tokens.get(move.domain)) for move in shown]),
-    ]
-    yield _weights_table(
-        f"stage {row['stage']}, after iteration {row['start_iteration']}",
-        [clean(move.domain) for move in shown],
-        columns,
-        width,
-    )
-    if unit:
-        yield Text(unit)
-    if left_out:
-        most = number(100 * abs(left_out[0].change), 2)
-        yield Text(f"Not shown: {len(left_out)} domains that moved by at most {most} points.")
-
-
-def _weights_table(title: str, domains: list[str], columns: list[Column], width: int) -> Table:
-    """Numbers are never cut; the names get the room they leave."""
-    gap = 1 if len(columns) > 7 else 2
-    taken = sum(max(map(cell_len, [head, *cells])) + gap for head, cells in columns)
-    table = Table(
-        title=title,
-        title_justify="left",
-        box=SIMPLE_HEAD,
-        show_edge=False,
-        pad_edge=False,
-        padding=(0, gap - 1, 0, 0),
-    )
-    room = max(NARROWEST_DOMAIN, width - taken)
-    table.add_column("domain", no_wrap=True, overflow="ellipsis", max_width=room)
-    for head, _ in columns:
-        table.add_column(Text(head), justify="right", no_wrap=True)
-    for i, domain in enumerate(domains):
-        table.add_row(Text(domain), *(Text(cells[i]) for _, cells in columns))
-    return table
-
-
-def _influence_columns(
-    influence: Influence | None, shown: int, most_tasks: int
-) -> tuple[list[Column], str]:
-    """Columns for the first `shown` domains, and what unit they are in.
-
-    Of more than `most_tasks` tasks, only the mean is given.
-    """
-    if influence is None:
-        return [], ""
-    meaning = "positive lowers the loss, ± is one standard error."
-    if len(influence.tasks) > most_tasks:
-        mean_D, error_D = influence.relative().mean()
-        unit = f"Mean over {len(influence.tasks)} tasks, each relative to its largest: {meaning}"
-        return [("mean influence", _cells(mean_D[:shown], error_D[:shown]))], unit
-    values_VD, errors_VD = influence.values_VD[:, :shown], influence.errors_VD[:, :shown]
-    largest = np.nan_to_num(np.abs([values_VD, errors_VD])).max(initial=0.0)
-    exponent = math.floor(math.log10(largest)) if largest > 0 else 0
-    scale = 10.0**exponent
-    columns = [
-        (shorten(task, WIDEST_TASK), _cells(value_D / scale, error_D / scale))
-        for task, value_D, error_D in zip(influence.tasks, values_VD, errors_VD, strict=True)
-    ]
-    return columns, f"Influence in units of 1e{exponent:+d}: {meaning}"
-
-
-def _cells(values: np.ndarray, errors: np.ndarray) -> list[str]:
-    pairs = zip(values, errors, strict=True)
-    return [with_error(value, error, between="±") for value, error in pairs]
-
-
-def _weight(move: Move) -> str:
-    return f"{100 * move.before:.1f} → {100 * move.after:.1f}"

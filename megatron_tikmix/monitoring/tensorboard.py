@@ -1,8 +1,11 @@
 """A run in TensorBoard: Megatron's usual scalars, and what the mixture adds to them.
 
+`TensorBoardWriter` writes the rows of a run; below it are the layout of the Custom Scalars tab, the
+settings for the HParams tab, and an influence matrix as a bitmap for the Images tab.
+
 The horizontal axis is the iteration throughout: Megatron's "... vs samples" twins are left out,
 for a resumed run hides old points by their step, and would take samples for iterations.
-Tags are stable; docs/monitoring.md lists them. Custom Scalars has the charts that belong together.
+Tags are stable; docs/monitoring.md lists them.
 """
 
 import math
@@ -17,15 +20,16 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
+from megatron_tikmix.decision.ledger import StageRow
 from megatron_tikmix.monitoring.figures import DIVERGING, GREY, GREY_TEXT, INK
-from megatron_tikmix.monitoring.files import Row
-from megatron_tikmix.monitoring.history import share_of_compute, spent
+from megatron_tikmix.monitoring.history import share_of
 from megatron_tikmix.monitoring.words import (
     Influence,
     decision_in_words,
     mean_loss,
     shorten,
     signed,
+    spent,
 )
 
 MEGATRON_TAGS = {
@@ -41,16 +45,34 @@ SOLVER_TAGS = {"objective": "objective", "solve_seconds": "seconds"}
 CERTIFICATE_TAGS = {"gap": "duality_gap", "lower_bound": "lower_bound", "violation": "violation"}
 AUDITED = ("predicted", "difference", "low", "high")
 
+HPARAM_SECTIONS = ("model", "data", "train", "optimizer", "scheduler", "remix", "probe")
+METRICS = ("validation/mean_loss", "lm loss")
+"""Tags that the HParams tab compares runs by."""
+
+WEIGHTS = ("weight", "realised")
+MOST_BANDS, FEW_CHARTS = 12, 8
+"""Domains in one chart, at most; a category of more charts is closed when the tab opens."""
+
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
+CELL_WIDTH, BARE_CELL_WIDTH, GAP, LETTERS = 64, 24, 2, 24
+"""Pixels of a heat map's cell with a number, of one without, and between cells, before enlarging;
+characters of a name."""
+
+FEW_CELLS, ENLARGED = 400, 3
+"""A matrix of so few cells has numbers in them, and is drawn so many times as large: TensorBoard
+shrinks a picture to the width of its card by leaving out pixels, and with a thin stroke a + would
+become a −."""
+
 
 class TensorBoardWriter:
-    """Writes the rows of `metrics.jsonl` and of the ledger as they come. One rank has one.
+    """Writes the rows of `metrics.jsonl` and of the ledger as they come, on one rank.
 
-    A run resumed after `iteration` passes `purge_step=iteration + 1`: what the killed run wrote
-    beyond its checkpoint is then hidden.
+    A run resumed after `iteration` passes `purge_step=iteration + 1`, which hides what the killed
+    run wrote after its checkpoint.
 
     Args:
-        sequence_length: tokens a sample; None: tokens are left out.
-        in_force: weights of the stage that a resumed run is in.
+        sequence_length: tokens in a sample; None: tokens are left out.
+        in_force: weights of the stage in which a run is resumed.
     """
 
     def __init__(
@@ -65,12 +87,12 @@ class TensorBoardWriter:
 
         self._writer = SummaryWriter(str(log_dir), purge_step=purge_step, flush_secs=30)
         self._sequence_length = sequence_length
-        # Iterations whose evaluation and consumption are written; where a run goes on, it has both.
+        # Iterations whose evaluation and consumption are written; a resumed run has both already.
         self._evaluated = self._counted = purge_step - 1 if purge_step else None
         self._weights = in_force
         self._pending: list[tuple[str, float]] = []
-        self._arranged = False
-        self._has = {"decides": True, "audits": True}
+        self._has_layout = False
+        self._writes = {"decides": True, "audits": True}
 
     def __enter__(self) -> "TensorBoardWriter":
         return self
@@ -84,53 +106,53 @@ class TensorBoardWriter:
         self.close()
 
     def hparams(self, config: Mapping[str, Any]) -> None:
-        """The settings of the run's resolved configuration, for the HParams tab; before stages."""
+        """Write the settings of a resolved configuration for the HParams tab, before any stage."""
         from torch.utils.tensorboard.summary import hparams
 
         for summary in hparams(hparams_of(config), dict.fromkeys(METRICS, 0.0)):
             self._writer.file_writer.add_summary(summary)
         policy, audit = config.get("remix", {}).get("policy"), config.get("audit", {})
-        self._has = {
+        self._writes = {
             "decides": policy not in ("static", "schedule"),
             "audits": bool(audit.get("enabled")),
         }
 
     def step(self, metrics_row: Mapping[str, Any], realised: Mapping[str, float]) -> None:
-        """A logged step; `realised` is each domain's share of the samples drawn."""
+        """Write a logged step; `realised` is each domain's share of the samples drawn."""
         iteration = metrics_row["iteration"]
         for field, tag in MEGATRON_TAGS.items():
             self._scalar(tag, metrics_row.get(field))
         self._scalars("domain_loss", metrics_row.get("domain_loss"))
         self._scalars("mixture/realised", realised)
         if "domain_epochs" in metrics_row:  # an interval has ended here
-            self._consumption(metrics_row, iteration)
+            epochs, samples = metrics_row["domain_epochs"], metrics_row.get("domain_samples")
+            self._consumption(iteration, epochs, samples)
         else:  # so that the target is drawn as steps; where an interval ends, the stage has it
             self._scalars("mixture/weight", self._weights)
-        self._validation(metrics_row, iteration)
+        self._validation(iteration, metrics_row.get("task_loss"))
         self._scalars("validation/bits_per_byte", metrics_row.get("task_bits_per_byte"))
         self._write(iteration)
 
-    def stage(
-        self, ledger_row: Mapping[str, Any], former_row: Mapping[str, Any] | None = None
-    ) -> None:
-        """A stage of the mixture; the row of the stage before lets the words name what moved."""
-        iteration = ledger_row["start_iteration"]
-        self._arrange(ledger_row)
-        self._weights = ledger_row["weights"]
-        self._scalars("mixture/weight", ledger_row["weights"])
-        self._consumption(ledger_row, iteration)
-        self._influence(ledger_row, iteration)
-        self._cost(ledger_row, former_row)
+    def stage(self, row: StageRow, former: StageRow | None = None) -> None:
+        """Write a stage of the mixture; from the row of the stage before follow moves and cost."""
+        iteration = row.start_iteration
+        self._write_layout(row)
+        self._weights = row.weights
+        self._scalars("mixture/weight", row.weights)
+        self._consumption(iteration, row.domain_epochs, row.domain_samples)
+        self._influence(row, iteration)
+        self._cost(row, former)
         for field in ("total_variation", "total_variation_noise", "effective_domains"):
-            self._scalar(f"mixture/{field}", ledger_row.get(field))
-        for field, values in (ledger_row.get("rank_stability") or {}).items():
-            self._scalars(f"rank_stability/{field}", values)
-        self._scalars("predicted_gain", predicted_gain(dict(ledger_row)))
-        self._solver(ledger_row.get("solution") or {})
-        self._audit(ledger_row.get("audit") or {})
-        self._validation(ledger_row, iteration)
+            self._scalar(f"mixture/{field}", getattr(row, field))
+        if row.rank_stability is not None:
+            for field, values in row.rank_stability.to_json().items():
+                self._scalars(f"rank_stability/{field}", values)
+        self._scalars("predicted_gain", predicted_gain(row))
+        self._solver(row.solution.to_json() if row.solution else {})
+        self._audit(row.audit.to_json() if row.audit else {})
+        self._validation(iteration, row.task_loss)
         self._write(iteration)
-        words = decision_in_words(former_row, ledger_row)
+        words = decision_in_words(former, row)
         self._writer.add_text("mixture/decision", words, iteration)
         self._writer.flush()
 
@@ -138,64 +160,66 @@ class TensorBoardWriter:
         """Flush what is pending and close the event file."""
         self._writer.close()
 
-    def _arrange(self, ledger_row: Mapping[str, Any]) -> None:
-        """Write the layout of the charts, once the names of what they show are known."""
-        if not self._arranged:
-            tasks = list(ledger_row.get("task_loss") or {})
-            weights = ledger_row["weights"]
-            domains = sorted(weights, key=lambda name: -weights[name])  # the largest share a chart
-            self._writer.file_writer.add_summary(layout_summary(domains, tasks, **self._has))
-            self._arranged = True
+    def _write_layout(self, row: StageRow) -> None:
+        """Write the layout of the charts once, when domains and tasks are known."""
+        if not self._has_layout:
+            tasks, weights = list(row.task_loss), row.weights
+            domains = sorted(weights, key=lambda name: -weights[name])  # the largest in one chart
+            self._writer.file_writer.add_summary(layout_summary(domains, tasks, **self._writes))
+            self._has_layout = True
 
-    def _influence(self, row: Mapping[str, Any], iteration: int) -> None:
-        """Values with their errors, as numbers, as the edges of a band, and as a picture."""
+    def _influence(self, row: StageRow, iteration: int) -> None:
+        """Write the matrix with its errors as numbers, as edges of a band, and as a picture."""
         matrix = Influence.of(row)
         if matrix is None:
             return
-
-        for field in ("influence", "influence_se"):
-            for task, values in (row.get(field) or {}).items():
-                self._scalars(f"{field}/{task}", values)
-        for field, edge_VD in (
+        for field, numbers_VD in (
+            ("influence", matrix.values_VD),
+            ("influence_se", matrix.errors_VD),
             ("influence_low", matrix.values_VD - matrix.errors_VD),
             ("influence_high", matrix.values_VD + matrix.errors_VD),
         ):
-            for task, edge_D in zip(matrix.tasks, edge_VD, strict=True):
-                named = dict(zip(matrix.domains, edge_D.tolist(), strict=True))
-                known = {name: edge for name, edge in named.items() if math.isfinite(edge)}
+            for task, numbers_D in zip(matrix.tasks, numbers_VD, strict=True):
+                named = dict(zip(matrix.domains, numbers_D.tolist(), strict=True))
+                known = {name: value for name, value in named.items() if math.isfinite(value)}
                 self._scalars(f"{field}/{task}", known)
         image, _ = heat_map_image(matrix)
         self._writer.add_image("influence/heat_map", image, iteration, dataformats="HWC")
 
-    def _consumption(self, row: Mapping[str, Any], iteration: int) -> None:
-        """What was drawn of each domain so far."""
+    def _consumption(
+        self,
+        iteration: int,
+        epochs: Mapping[str, float] | None,
+        samples: Mapping[str, float] | None,
+    ) -> None:
+        """Write what was drawn from each domain so far."""
         # As with evaluations: the end of an interval is in a metrics row and in the ledger.
         if iteration == self._counted:
             return
         self._counted = iteration
-        self._scalars("mixture/epochs", row.get("domain_epochs"))
-        if self._sequence_length is not None:
-            samples = row.get("domain_samples") or {}
+        self._scalars("mixture/epochs", epochs)
+        if samples and self._sequence_length is not None:
             tokens = {name: count * self._sequence_length for name, count in samples.items()}
             self._scalars("mixture/tokens", tokens)
 
-    def _cost(self, row: Mapping[str, Any], former: Mapping[str, Any] | None) -> None:
-        """Of the compute since the last boundary, the shares of the probe and of all deciding."""
+    def _cost(self, row: StageRow, former: StageRow | None) -> None:
+        """Write the shares of the probe and of all deciding in the compute since the last stage."""
         parts = spent(row)
         if not parts or former is None:
             return
         probe = [part for part in parts if part.kind == "probe"]
         if self._sequence_length is not None:
-            trained = (row["start_sample"] - former["start_sample"]) * self._sequence_length
-            self._scalar("probe/share_of_compute", share_of_compute(probe, trained))
-            self._scalar("decision/share_of_compute", share_of_compute(parts, trained))
+            trained = (row.start_sample - former.start_sample) * self._sequence_length
+            for name, counted in (("probe", probe), ("decision", parts)):
+                compute = sum(part.compute for part in counted)
+                self._scalar(f"{name}/share_of_compute", share_of(compute, trained))
         for part in probe:
             self._scalar("probe/seconds", part.seconds)
         seconds = [part.seconds for part in parts if part.seconds is not None]
         self._scalar("decision/seconds", sum(seconds))
 
     def _solver(self, solution: Mapping[str, Any]) -> None:
-        """The answer's value, and what certifies it."""
+        """Write the answer's value, and its certificate."""
         for field, tag in SOLVER_TAGS.items():
             self._scalar(f"solver/{tag}", solution.get(field))
         for field, tag in CERTIFICATE_TAGS.items():
@@ -203,17 +227,17 @@ class TensorBoardWriter:
             self._scalar(f"solver/{tag}", certificate.get(field))
 
     def _audit(self, audit: Mapping[str, Any]) -> None:
-        """What was predicted and realised, overall and of each task."""
+        """Write what was predicted and realised, overall and for each task."""
         for field in AUDITED:
             self._scalar(f"audit/{field}", audit.get("overall", {}).get(field))
             for task, found in audit.get("tasks", {}).items():
                 self._scalar(f"audit/{field}/{task}", found.get(field))
 
-    def _validation(self, row: Mapping[str, Any], iteration: int) -> None:
+    def _validation(self, iteration: int, task_loss: Mapping[str, float | None] | None) -> None:
         # A boundary's evaluation is in a metrics row and in the ledger: one point is enough.
-        if row.get("task_loss") and iteration != self._evaluated:
-            self._scalars("validation/loss", row["task_loss"])
-            mean = mean_loss(row["task_loss"])
+        if task_loss and iteration != self._evaluated:
+            self._scalars("validation/loss", task_loss)
+            mean = mean_loss(task_loss)
             self._scalar("validation/mean_loss", mean if np.isfinite(mean) else None)
             self._evaluated = iteration
 
@@ -226,7 +250,7 @@ class TensorBoardWriter:
             self._pending.append((tag, value))
 
     def _write(self, iteration: int) -> None:
-        """All that is pending, in one event: one each is slow with hundreds of domains."""
+        """Write all that is pending as one event: one for each is slow with hundreds of domains."""
         from tensorboard.compat.proto.summary_pb2 import Summary
 
         values = [Summary.Value(tag=tag, simple_value=value) for tag, value in self._pending]
@@ -234,26 +258,14 @@ class TensorBoardWriter:
         self._writer.file_writer.add_summary(Summary(value=values), iteration)
 
 
-# How TensorBoard arranges a run: the charts of its Custom Scalars tab, and its HParams tab.
-
-
-HPARAM_SECTIONS = ("model", "data", "train", "optimizer", "scheduler", "remix", "probe")
-METRICS = ("validation/mean_loss", "lm loss")
-"""Tags that the HParams tab compares runs by."""
-
-WEIGHTS = ("weight", "realised")
-MOST_BANDS, FEW_CHARTS = 12, 8
-"""Of more domains, a chart shows as many as can be told apart; a longer category begins closed."""
-
-
 def layout_of(
     domains: Sequence[str], tasks: Sequence[str], *, decides: bool = True, audits: bool = True
 ) -> Any:
-    """A tensorboard `layout_pb2.Layout` for these domains and tasks.
+    """Return a tensorboard `layout_pb2.Layout` for these domains and tasks.
 
     A margin chart draws a value with a band from `low` to `high`: here, one standard error. Many
-    domains, the largest first, are spread over several charts. What a run that does not decide or
-    audit never writes has no chart.
+    domains, the largest first, are spread over several charts. A run that does not decide, or does
+    not audit, has no charts of decisions or audits.
     """
     from tensorboard.plugins.custom_scalar import layout_pb2 as pb
 
@@ -338,32 +350,34 @@ def layout_of(
     )
 
 
-def layout_summary(domains: Sequence[str], tasks: Sequence[str], **has: bool) -> Any:
-    """:func:`layout_of` as a `Summary` for an event file, as torch's `custom_scalars` makes one:
-    that one knows no margin chart of several series."""
+def layout_summary(domains: Sequence[str], tasks: Sequence[str], **writes: bool) -> Any:
+    """Return :func:`layout_of` as a `Summary` for an event file.
+
+    Torch's `custom_scalars` makes such a one too, but knows no margin chart of several series.
+    """
     from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
     from tensorboard.compat.proto.tensor_pb2 import TensorProto
     from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto
     from tensorboard.plugins.custom_scalar.metadata import CONFIG_SUMMARY_TAG, PLUGIN_NAME
 
-    content = layout_of(domains, tasks, **has).SerializeToString()
+    content = layout_of(domains, tasks, **writes).SerializeToString()
     tensor = TensorProto(dtype="DT_STRING", string_val=[content], tensor_shape=TensorShapeProto())
     metadata = SummaryMetadata(plugin_data=SummaryMetadata.PluginData(plugin_name=PLUGIN_NAME))
     return Summary(value=[Summary.Value(tag=CONFIG_SUMMARY_TAG, tensor=tensor, metadata=metadata)])
 
 
 def _groups(names: Sequence[str], size: int) -> Iterator[Sequence[str]]:
-    """`names` in runs of at most `size`."""
+    """Split `names` into groups of at most `size`."""
     return (names[start : start + size] for start in range(0, len(names), size))
 
 
 def _span(names: Sequence[str]) -> str:
-    """What a chart of these domains is called."""
+    """Return the title of a chart of these domains."""
     return names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
 
 
 def _band(prefix: str, name: str) -> tuple[str, str, str]:
-    """Tags of a value and of the edges of its band."""
+    """Return the tags of a value and of the edges of its band."""
     return f"{prefix}/{name}", f"{prefix}_low/{name}", f"{prefix}_high/{name}"
 
 
@@ -372,17 +386,12 @@ def _audited(task: str) -> tuple[str, str, str]:
 
 
 def _tags(kinds: Sequence[str], domains: Sequence[str]) -> list[str]:
-    """Patterns of these tags of the mixture, of these domains alone."""
-    return [_only(f"mixture/{kind}/{name}") for name in domains for kind in kinds]
-
-
-def _only(tag: str) -> str:
-    """A pattern that this tag alone matches."""
-    return f"^{re.escape(tag)}$"
+    """Return patterns that match these tags of the mixture, of these domains, and no others."""
+    return [f"^{re.escape(f'mixture/{kind}/{name}')}$" for name in domains for kind in kinds]
 
 
 def hparams_of(config: Mapping[str, Any]) -> dict[str, str | float | bool]:
-    """The settings of a resolved configuration that runs are compared by, flat, by dotted name."""
+    """Return the settings of a resolved configuration that runs are compared by, by dotted name."""
     sections = {name: config.get(name) for name in HPARAM_SECTIONS}
     found = dict(_flat({"seed": config.get("seed"), **sections}))
     return {
@@ -400,32 +409,20 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield f"{prefix}{name}", value
 
 
-def predicted_gain(ledger_row: Row) -> dict[str, float]:
-    """By task, what the solver's answer gains over the mixture in force, in units of the largest
-    influence of any domain on the task; empty where nothing was solved."""
-    solution = ledger_row.get("solution") or {}
-    before, after = solution.get("gain_before") or {}, solution.get("gain_after") or {}
+def predicted_gain(row: StageRow) -> dict[str, float]:
+    """Return what the solver's answer gains on each task over the mixture before.
+
+    The unit is the largest influence of any domain on the task. Empty where nothing was solved.
+    """
+    if row.solution is None:
+        return {}
+    before, after = row.solution.gain_before, row.solution.gain_after
     return {task: after[task] - before[task] for task in after if task in before}
-
-
-# An influence matrix as a bitmap, for TensorBoard's image panel.
-
-
-Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
-
-CELL_WIDTH, BARE_CELL_WIDTH, GAP, LETTERS = 64, 24, 2, 24
-"""Pixels of a cell with a number, of one without, and between cells, before enlarging; characters
-of a name."""
-
-FEW_CELLS, ENLARGED = 400, 3
-"""A matrix of so few cells has numbers in them, and is drawn so many times as large: TensorBoard
-shrinks a picture to the width of its card by leaving out pixels, and with a thin stroke a + would
-become a −."""
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Where the cells of a heat map are, in pixels."""
+    """The places of a heat map's cells, in pixels."""
 
     left: int
     top: int
@@ -435,15 +432,15 @@ class Grid:
     numbers: bool
 
     def corner(self, d: int, v: int) -> tuple[int, int]:
-        """Upper left of the cell of domain d and task v."""
+        """Return the upper left of the cell of domain d and task v."""
         return self.left + v * self.cell_width, self.top + d * self.cell_height
 
 
 def heat_map_image(matrix: Influence) -> tuple[NDArray[np.uint8], Grid]:
-    """Domains down, tasks across, each task over its largest entry; grey is within noise.
+    """Draw domains down, tasks across, each task over its largest entry; grey is within noise.
 
     Returns:
-        pixels, uint8 (height, width, 3); and where the cells are in them.
+        Pixels, uint8 of shape (height, width, 3), and the grid of their cells.
     """
     names = [shorten(name, LETTERS) for name in matrix.domains]
     tasks = [shorten(name, LETTERS) for name in matrix.tasks]
@@ -463,15 +460,15 @@ def heat_map_image(matrix: Influence) -> tuple[NDArray[np.uint8], Grid]:
     image = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(image)
     for v, task in enumerate(tasks):
-        _upright(image, task, (grid.corner(0, v)[0], 0), (grid.cell_width, grid.top), font)
+        _draw_upright(image, task, (grid.corner(0, v)[0], 0), (grid.cell_width, grid.top), font)
     for d, name in enumerate(names):
         middle = (grid.left - 6 * scale, grid.corner(d, 0)[1] + grid.cell_height / 2)
         draw.text(middle, name, fill=INK, font=font, anchor="rm")
-    _cells(draw, matrix, grid, font)
+    _draw_cells(draw, matrix, grid, font)
     return np.asarray(image), grid
 
 
-def _cells(draw: ImageDraw.ImageDraw, matrix: Influence, grid: Grid, font: Font) -> None:
+def _draw_cells(draw: ImageDraw.ImageDraw, matrix: Influence, grid: Grid, font: Font) -> None:
     relative_VD, noise_VD = matrix.relative().values_VD, matrix.is_noise()
     for v, d in np.ndindex(relative_VD.shape):
         (x, y), value = grid.corner(d, v), float(relative_VD[v, d])
@@ -487,7 +484,7 @@ def _cells(draw: ImageDraw.ImageDraw, matrix: Influence, grid: Grid, font: Font)
 
 
 def colour(value: float) -> tuple[int, int, int]:
-    """Of a relative influence, −1 to 1: orange harms, blue helps."""
+    """Return the colour of a relative influence, −1 to 1: orange harms, blue helps."""
     places = [2 * place - 1 for place, _ in DIVERGING]
     channels = np.array([_rgb(name) for _, name in DIVERGING])
     r, g, b = (round(float(np.interp(value, places, channels[:, c]))) for c in range(3))
@@ -499,14 +496,14 @@ def _rgb(name: str) -> tuple[int, int, int]:
     return r, g, b
 
 
-def _upright(
+def _draw_upright(
     image: Image.Image,
     text: str,
     corner: tuple[int, int],
     size: tuple[int, int],
     font: Font,
 ) -> None:
-    """Text that runs upwards, in the middle of a box."""
+    """Draw text that runs upwards, in the middle of a box."""
     width, height = size
     turned = Image.new("RGB", (height, width), "white")
     ImageDraw.Draw(turned).text((4, width / 2), text, fill=INK, font=font, anchor="lm")

@@ -1,7 +1,7 @@
-"""What a run says on the terminal. All of it is printed here, by rank 0, on standard error.
+"""What a run prints while it trains: all of it on rank 0, on standard error.
 
-On a terminal: a progress bar, with tables above it. In a log file: one line a logged step, as
-Megatron-LM does, and tables of at most 100 columns.
+A terminal shows a progress bar with tables above it. A log file gets one line for each logged step,
+as from Megatron-LM, and tables of at most 100 columns.
 """
 
 import sys
@@ -14,6 +14,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
+from megatron_tikmix.decision.ledger import StageRow
 from megatron_tikmix.monitoring.tables import boundary_table
 from megatron_tikmix.monitoring.words import (
     clean,
@@ -27,11 +28,11 @@ from megatron_tikmix.monitoring.words import (
 
 LOG_COLUMNS = 100
 MOST_TASKS = 6
-"""Tasks that are listed one by one; of more, the mean is told."""
+"""Tasks that are listed one by one; of more, the mean is shown."""
 
 
 class Terminal:
-    """The voice of a run. `quiet` makes a mute one, for the ranks that do not speak."""
+    """Prints the progress of a run; a `quiet` one, for all ranks but one, prints nothing."""
 
     def __init__(
         self,
@@ -74,12 +75,12 @@ class Terminal:
         self.close()
 
     def close(self) -> None:
-        """Take the bar down; what comes after prints normally."""
+        """Remove the progress bar."""
         if self._bar is not None:
             self._bar.stop()
 
     def step(self, row: Mapping[str, Any]) -> None:
-        """A logged step: a row of `metrics.jsonl`."""
+        """Show a logged step: a row of `metrics.jsonl`."""
         iteration, left = row["iteration"], duration(self._seconds_left(row["iteration"]))
         loss, speed = number(row.get("lm_loss"), 4), row.get("tokens_per_second")
         if self._bar is not None:
@@ -95,7 +96,7 @@ class Terminal:
         )
 
     def status(self, text: str) -> None:
-        """What is going on between steps: "probe: 3/48 sub-batches". A log gets each phase once."""
+        """Show what goes on between steps: "probe: 3/48 sub-batches". A log has each phase once."""
         phase = text.partition(":")[0]
         if self._bar is not None:
             self._bar.update(self._task, description=clean(text))
@@ -105,22 +106,22 @@ class Terminal:
 
     def boundary(
         self,
-        former_row: Mapping[str, Any] | None,
-        row: Mapping[str, Any],
+        former_row: StageRow | None,
+        row: StageRow,
         domain_tokens: Mapping[str, float],
     ) -> None:
-        """A new stage: what moved, on what evidence, and why, from its row of the ledger."""
+        """Show a new stage, from its row of the ledger: what moved, on what evidence, and why."""
         self.say("")
         for part in boundary_table(former_row, row, domain_tokens, self._console.width, MOST_TASKS):
             self._console.print(part)
         self.say(decision_in_words(None, row))  # the moves are in the table
-        repeated = _repeated(row.get("domain_epochs") or {})
+        repeated = _repeated(row.domain_epochs)
         if repeated:
             self.say(repeated)
         self.say("")
 
     def evaluation(self, iteration: int, task_loss: Mapping[str, float | None]) -> None:
-        """Losses on held-out items."""
+        """Show losses on held-out items."""
         few = len(task_loss) <= MOST_TASKS
         mean = "mean" if few else f"mean over {len(task_loss)} tasks"
         parts = [
@@ -137,7 +138,7 @@ class Terminal:
         probe_token_share: float | None = None,
         probe_time_share: float | None = None,
     ) -> None:
-        """Where everything is, and what the measuring cost."""
+        """Say where everything is, and what measuring cost."""
         self.close()
         run_dir = Path(run_dir)
         lines = [f"Done: {self._total} iterations in {duration(self._clock() - self._began)}."]
@@ -156,7 +157,7 @@ class Terminal:
             self.say(line, whole_line=True)
 
     def say(self, text: str, whole_line: bool = False) -> None:
-        """Print plain text; `whole_line` keeps what is meant to be searched or copied in one."""
+        """Print plain text; `whole_line` leaves lines unwrapped that are searched or copied."""
         self._console.print(text, markup=False, highlight=False, emoji=False, soft_wrap=whole_line)
 
     def _seconds_left(self, iteration: int) -> float | None:
@@ -166,7 +167,7 @@ class Terminal:
 
 
 def _repeated(epochs: Mapping[str, float]) -> str:
-    """The domains whose second pass has begun, the most often seen first; empty without any."""
+    """Name the domains whose second pass has begun, the most repeated first; empty without any."""
     seen = sorted((name for name in epochs if epochs[name] > 1), key=lambda name: -epochs[name])
     if not seen:
         return ""

@@ -20,8 +20,9 @@ import megatron_tikmix
 from megatron_tikmix.config import RunConfig
 from megatron_tikmix.decision.ledger import LEDGER, Ledger, filed
 from megatron_tikmix.errors import InputError
+from megatron_tikmix.json_lines import append_jsonl, json_line, read_jsonl
 from megatron_tikmix.megatron.groups import Parallel
-from megatron_tikmix.monitoring.files import RunFiles, append_jsonl, json_line, read_jsonl
+from megatron_tikmix.monitoring.files import RunFiles
 from megatron_tikmix.monitoring.history import RunHistory
 from megatron_tikmix.monitoring.report import write_report
 from megatron_tikmix.monitoring.tensorboard import TensorBoardWriter
@@ -187,14 +188,12 @@ class Recorder:
             )
         row, former = ledger[-1], ledger[-2] if len(ledger) > 1 else None
         written = self._ledger.append(row.to_json())
-        self._to_tensorboard(
-            lambda events: events.stage(row.to_json(), former and former.to_json()), written
-        )
+        self._to_tensorboard(lambda events: events.stage(row, former), written)
         self._weights = row.weights
         if former is not None:
             length = self._config.data.sequence_length
             tokens = {name: count * length for name, count in row.domain_samples.items()}
-            self._terminal.boundary(former.to_json(), row.to_json(), tokens)
+            self._terminal.boundary(former, row, tokens)
 
     def finish(self, stop_reason: str | None, iteration: int) -> None:
         """Write the report, and say where everything is and what the probes cost.

@@ -12,9 +12,9 @@ from megatron_tikmix.cli.main import main
 from megatron_tikmix.decision.explain import explain
 from megatron_tikmix.errors import InputError
 from megatron_tikmix.influence.matrix import InfluenceMatrix
+from megatron_tikmix.json_lines import append_jsonl
 from megatron_tikmix.mixture.mixture import Mixture
 from megatron_tikmix.monitoring.answers import compare, influence, mixture, open_run, summary
-from megatron_tikmix.monitoring.files import append_jsonl
 from tests.make_run import make_run
 from tests.solving import limited, solve_d
 
@@ -223,22 +223,22 @@ def test_a_kept_mixture_and_a_measured_one_are_noted(tmp_path):
 def test_answers_hold_the_ledgers_numbers(tmp_path):
     ledger, metrics = make_run(tmp_path, ["a", "b", "c"], ["t", "u"], stages=3, seed=2)
     history = open_run(str(tmp_path))
-    told = mixture(history)
-    assert told["iterations"] == [0, 120, 240]
-    for row in told["domains"]:
+    answer = mixture(history)
+    assert answer["iterations"] == [0, 120, 240]
+    for row in answer["domains"]:
         assert row["weights"] == [stage["weights"][row["domain"]] for stage in ledger]
-    assert sum(row["tokens"] for row in told["domains"]) == pytest.approx(360 * 16 * 128)
+    assert sum(row["tokens"] for row in answer["domains"]) == pytest.approx(360 * 16 * 128)
     for stage in (1, None):
-        told = influence(history, stage)
-        source = ledger[told["stage"]]
-        for row in told["tasks"]:
+        answer = influence(history, stage)
+        source = ledger[answer["stage"]]
+        for row in answer["tasks"]:
             for domain, entry in row["domains"].items():
                 assert entry["influence"] == source["influence"][row["task"]][domain]
                 assert entry["standard_error"] == source["influence_se"][row["task"]][domain]
-    told = summary(history)
-    assert told["iteration"] == 360
-    assert [row["source"] for row in told["boundaries"]] == ["tikmix_d", "tikmix_d"]
-    assert told["task_losses"]["360"] == metrics[-1]["task_loss"]
+    answer = summary(history)
+    assert answer["iteration"] == 360
+    assert [row["source"] for row in answer["boundaries"]] == ["tikmix_d", "tikmix_d"]
+    assert answer["task_losses"]["360"] == metrics[-1]["task_loss"]
 
 
 def test_runs_are_compared_at_equal_samples(tmp_path):
@@ -256,11 +256,11 @@ def test_runs_are_compared_at_equal_samples(tmp_path):
             row = {"iteration": number, "consumed_samples": number * samples}
             append_jsonl(folder / "metrics.jsonl", {**row, "task_loss": {"t": loss}})
         runs.append(open_run(str(folder)))
-    told = compare(*runs)
-    assert [row["samples"] for row in told["losses"]] == [0, 8]
-    assert told["losses"][1]["tasks"]["t"] == {"first": 3.0, "second": 3.5, "difference": 0.5}
-    assert told["total_variation"] == pytest.approx(0.3)
-    assert told["settings"] == [{"setting": "train.global_batch_size", "first": 4, "second": 8}]
+    answer = compare(*runs)
+    assert [row["samples"] for row in answer["losses"]] == [0, 8]
+    assert answer["losses"][1]["tasks"]["t"] == {"first": 3.0, "second": 3.5, "difference": 0.5}
+    assert answer["total_variation"] == pytest.approx(0.3)
+    assert answer["settings"] == [{"setting": "train.global_batch_size", "first": 4, "second": 8}]
 
 
 def test_the_command_prints_tables_json_and_errors(tmp_path, capsys):

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from megatron_tikmix.errors import InputError
-from megatron_tikmix.monitoring.files import RunFiles, append_jsonl, read_jsonl
+from megatron_tikmix.json_lines import append_jsonl, read_jsonl
+from megatron_tikmix.monitoring.files import RunFiles
 
 
 def test_rows_come_back_as_they_went(tmp_path):

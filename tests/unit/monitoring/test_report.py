@@ -12,8 +12,7 @@ import pytest
 
 from megatron_tikmix.decision.explain import explain
 from megatron_tikmix.errors import InputError
-from megatron_tikmix.monitoring import figures as heat_maps
-from megatron_tikmix.monitoring import figures as pictures
+from megatron_tikmix.monitoring import figures
 from megatron_tikmix.monitoring.files import RunFiles
 from megatron_tikmix.monitoring.history import RunHistory
 from megatron_tikmix.monitoring.report import main, write_report
@@ -168,10 +167,10 @@ def test_losses_are_held_against_a_baseline(tmp_path):
     head, *rows, mean = page.tables["baseline-losses"]
     assert head == ["after 737 k tokens", "this run", "baseline", "difference"]
     assert {row[0] for row in rows} == {"t", "u"}
-    for task, *figures in rows:
+    for task, *cells in rows:
         first, second = theirs["task_loss"][task], at_common["task_loss"][task]
         written = [f"{second:.4f}", f"{first:.4f}", f"{second - first:+.4f}"]
-        assert figures == [text.replace("-", MINUS) for text in written]
+        assert cells == [text.replace("-", MINUS) for text in written]
     assert mean[0] == "mean over tasks"
     assert "baseline" in page.plots
 
@@ -218,19 +217,19 @@ def test_what_pushed_is_what_why_says(tmp_path):
 def test_pictures_draw_the_ledgers_numbers(tmp_path):
     ledger, metrics = make_run(tmp_path, SIX, ["t", "u"], stages=4, seed=1)
     history = history_of(tmp_path)
-    weights = pictures.weights_over_time(history)
+    weights = figures.weights_over_time(history)
     for trace in weights.data:
         assert list(trace.y) == pytest.approx([100 * row["weights"][trace.name] for row in ledger])
         assert list(trace.x) == [row["start_iteration"] for row in ledger]
         assert list(trace.width) == [120] * 4
-    lines = {trace.name: trace for trace in pictures.task_losses(history).data}
+    lines = {trace.name: trace for trace in figures.task_losses(history).data}
     assert list(lines["training (lm loss)"].y) == [row["lm_loss"] for row in metrics]
     assert list(lines["t"].y) == [
         *(row["task_loss"]["t"] for row in ledger),
         metrics[-1]["task_loss"]["t"],
     ]
-    assert len(pictures.task_losses(history).layout.shapes) == 3  # boundaries
-    bars = pictures.tokens_and_epochs(history).data
+    assert len(figures.task_losses(history).layout.shapes) == 3  # boundaries
+    bars = figures.tokens_and_epochs(history).data
     drawn = sum(np.array(bar.x) for bar in bars if bar.xaxis == "x")
     assert drawn.sum() == pytest.approx(metrics[-1]["consumed_samples"] * SEQUENCE_LENGTH)
 
@@ -238,7 +237,7 @@ def test_pictures_draw_the_ledgers_numbers(tmp_path):
 def test_heat_maps_grey_out_exactly_what_cannot_be_told_from_zero(tmp_path):
     ledger, _ = make_run(tmp_path, SIX, ["t", "u"], stages=3, seed=1)
     history = history_of(tmp_path)
-    figure = heat_maps.influence_maps(history)
+    figure = figures.influence_maps(history)
     assert [trace.visible for trace in figure.data] == [False, False, True, True]
     assert [step.label for step in figure.layout.sliders[0].steps] == [
         "stage 1, iteration 120",
@@ -263,14 +262,14 @@ def test_two_hundred_domains_keep_a_short_legend_and_every_name(tmp_path):
     page, ledger, _ = report_of(tmp_path, domains, ["t"], stages=3)
     assert {row[0] for row in page.tables["mixture"][1:]} == set(domains)
     history = history_of(tmp_path)
-    bars = pictures.weights_over_time(history).data
+    bars = figures.weights_over_time(history).data
     assert len(bars) == 12
     assert bars[-1].name == "189 others"
     np.testing.assert_allclose(sum(np.array(bar.y) for bar in bars), 100)
     named = {name for name in domains if any(name in bar.hovertext[0] for bar in bars)}
     peak = {name: max(row["weights"][name] for row in ledger) for name in domains}
     assert named == set(sorted(domains, key=lambda name: -peak[name])[:11])
-    axis = heat_maps.influence_maps(history).layout.yaxis
+    axis = figures.influence_maps(history).layout.yaxis
     assert list(axis.tickvals) == list(range(200))  # names shortened alike do not share a row
 
 
@@ -282,7 +281,7 @@ def test_names_are_text_wherever_they_appear(tmp_path):
     assert {row[0] for row in page.tables["mixture"][1:]} == set(NASTY)
     assert len(page.scripts) == 2 + len(PICTURES)  # none was closed early, none was smuggled in
     assert all("<b>x" not in script for script in page.scripts)
-    names = {trace.name for trace in pictures.weights_over_time(history_of(tmp_path)).data}
+    names = {trace.name for trace in figures.weights_over_time(history_of(tmp_path)).data}
     assert "&lt;b&gt;x&lt;/b&gt;" in names
 
 
@@ -305,7 +304,7 @@ def test_a_stage_that_has_only_begun_is_drawn(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("".join(kept))
     history = history_of(tmp_path)
     assert history.edges == [0, 120, 240, 240]
-    assert min(pictures.weights_over_time(history).data[0].width) > 0
+    assert min(figures.weights_over_time(history).data[0].width) > 0
     assert Page(write_report(tmp_path)).plots == PICTURES
 
 

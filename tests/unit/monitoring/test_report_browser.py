@@ -54,10 +54,10 @@ window.addEventListener("load", async () => {
     const place = {clientX: left + 0.4 * width, clientY: top + 0.4 * height, bubbles: true};
     area.dispatchEvent(new MouseEvent("mousemove", place));
   }
-  const told = document.createElement("pre");
-  told.id = "told";
-  told.textContent = JSON.stringify({found, pictures: pictures.map((picture) => picture.id)});
-  document.body.append(told);
+  const findings = document.createElement("pre");
+  findings.id = "findings";
+  findings.textContent = JSON.stringify({found, pictures: pictures.map((picture) => picture.id)});
+  document.body.append(findings);
 });
 </script></body>
 """
@@ -68,9 +68,9 @@ def checked(path, profile, width=1200):
     page = path.with_name("checked.html")
     page.write_text(path.read_text(encoding="utf-8").replace("</body>", CHECK), encoding="utf-8")
     seen = visit(page.as_uri(), profile, size=(width, 900))
-    told = re.search(r'<pre id="told">(.*?)</pre>', seen.dom, re.DOTALL)
-    assert told, seen.console
-    answer = json.loads(told[1].replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&"))
+    findings = re.search(r'<pre id="findings">(.*?)</pre>', seen.dom, re.DOTALL)
+    assert findings, seen.console
+    answer = json.loads(findings[1].replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&"))
     return answer["found"], answer["pictures"], seen.console
 
 

@@ -89,7 +89,7 @@ def test_a_boundary_shows_every_domain_with_its_influence(tmp_path, tasks):
     assert "Probe: 98.3 k tokens in 3.2 s." in words
 
 
-def test_domains_that_are_repeated_are_told(tmp_path):
+def test_domains_that_are_repeated_are_named(tmp_path):
     lines, _, row = boundary(SIX, ["a"], tmp_path)
     epochs = {name: value for name, value in row["domain_epochs"].items() if value > 1}
     assert not epochs
@@ -128,6 +128,19 @@ def test_of_many_tasks_the_mean_is_shown_over_all_domains(tmp_path):
             value += row["influence"][task][name] / largest / 7
             error += row["influence_se"][task][name] / largest / 7
         assert cells[3] == f"{value:+.2f}±{error:.2f}".replace("-", MINUS)
+
+
+@pytest.mark.parametrize("width", [60, 80, 90])
+def test_where_tasks_have_no_room_the_mean_is_shown_and_no_number_is_cut(tmp_path, width):
+    ledger, _ = make_run(tmp_path, SIX, list("abcdef"), stages=2, seed=2)
+    console = Console(file=io.StringIO(), width=width)
+    Terminal(360, console=console).boundary(*ledger, {})
+    lines = console.file.getvalue().splitlines()
+    assert max(map(len, lines)) <= width
+    assert "Mean over 6 tasks" in " ".join(lines)
+    rows = shown_rows(lines)
+    assert {cells[0] for cells in rows} == set(SIX)
+    assert all(re.fullmatch(rf"[+{MINUS}]\d\.\d\d±\d\.\d\d", cells[4]) for cells in rows)
 
 
 def test_names_are_neither_markup_nor_columns(tmp_path):

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from megatron_tikmix.monitoring.files import append_jsonl, read_jsonl
+from megatron_tikmix.json_lines import append_jsonl, read_jsonl
 from megatron_tikmix.monitoring.tensorboard import TensorBoardWriter
 from megatron_tikmix.training import record
 from megatron_tikmix.training.loop import train
