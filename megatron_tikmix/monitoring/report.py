@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 import yaml
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from plotly.offline import get_plotlyjs
 
 from megatron_tikmix.decision.explain import Change, Explainer, Explanation
@@ -105,7 +105,7 @@ def write_report(run_dir: str | Path, baseline_dir: str | Path | None = None) ->
     return path
 
 
-def _template() -> Any:
+def _template() -> Template:
     environment = Environment(
         loader=PackageLoader("megatron_tikmix.monitoring", "."),
         autoescape=True,
