@@ -12,7 +12,14 @@ from typing import Any
 import numpy as np
 import yaml
 
+from megatron_tikmix.decision.ledger import StageRow
+from megatron_tikmix.decision.rules import Rules
+from megatron_tikmix.influence.matrix import InfluenceMatrix
 from megatron_tikmix.json_lines import append_jsonl
+from megatron_tikmix.mixture.mixture import Mixture
+from megatron_tikmix.solve.constraints import MixtureConstraints
+from megatron_tikmix.solve.objective import Goal
+from megatron_tikmix.solve.tikmix_d import solve_tikmix_d
 
 SEQUENCE_LENGTH, BATCH, INTERVAL, LOG_EVERY = 128, 16, 120, 10
 
@@ -45,13 +52,13 @@ def make_run(
     metrics: list[dict[str, Any]] = []
     for stage in range(stages):
         former_D = weights_D
-        if stage:
-            push_D = 0.6 * benefit_VD.mean(axis=0) + rng.normal(0, 0.1, len(domains))
-            weights_D = weights_D * np.exp(push_D)
-            weights_D /= weights_D.sum()
         scale = 1e-3
         values_VD = scale * (benefit_VD + rng.normal(0, 0.08, benefit_VD.shape))
         errors_VD = scale * rng.uniform(0.05, 0.2, benefit_VD.shape)
+        solved: dict[str, Any] = {}
+        if stage:
+            solved = _solved(tasks, domains, values_VD, errors_VD, weights_D)
+            weights_D = np.array([solved["solution"]["mixture"][name] for name in domains])
         drawn = {
             "domain_samples": _named(domains, drawn_D),
             "domain_epochs": _named(domains, drawn_D / epoch_samples_D),
@@ -67,15 +74,13 @@ def make_run(
                 "source": "tikmix_d" if stage else "initial",
                 "reason": "the change is 3.1 times its noise" if stage else "the initial mixture",
                 "weights": _named(domains, weights_D),
-                "influence": _table(tasks, domains, values_VD) if stage else None,
-                "influence_se": _table(tasks, domains, errors_VD) if stage else None,
+                **(solved or dict.fromkeys(("influence", "influence_se", "rules", "solution"))),
                 "curvature": "adam" if stage else None,
                 "total_variation": float(np.abs(weights_D - former_D).sum() / 2) if stage else None,
                 "total_variation_noise": 0.021 if stage else None,
-                "effective_domains": float(np.exp(-(weights_D * np.log(weights_D)).sum())),
+                "effective_domains": Mixture(_named(domains, weights_D)).effective_domains,
                 "probe_tokens": 98304 if stage else 0,
                 "probe_seconds": 3.2 if stage else 0.0,
-                "solution": _solution(tasks, domains, weights_D) if stage else None,
                 "rank_stability": _rank_stability(tasks, rng) if stage > 1 else None,
                 "rollout": _rollout() if stage else None,
                 "audit": _audit(tasks) if stage else None,
@@ -143,19 +148,32 @@ def _start() -> dict[str, Any]:
     }
 
 
-def _solution(
-    tasks: Sequence[str], domains: Sequence[str], weights_D: np.ndarray
+def _solved(
+    tasks: Sequence[str],
+    domains: Sequence[str],
+    values_VD: np.ndarray,
+    errors_VD: np.ndarray,
+    prior_D: np.ndarray,
 ) -> dict[str, Any]:
+    """What a boundary solves on, and its answer, as fields of a row."""
+    prior = Mixture(_named(domains, prior_D))
+    influence = InfluenceMatrix(
+        values_VD, domains=domains, tasks=tasks, standard_error_VD=errors_VD
+    )
+    goal = Goal.of_preset("default", prior, alpha=0.1, task_weights=dict.fromkeys(tasks, 1.0))
+    constraints = MixtureConstraints()
+    rules = Rules(policy="tikmix_d", goal=goal, constraints=constraints, tasks=tuple(tasks))
+    solution = solve_tikmix_d(influence, prior, goal, constraints)
     return {
-        "mixture": _named(domains, weights_D),
-        "gain_before": dict.fromkeys(tasks, 0.25),
-        "gain_after": {task: 0.5 + number / 8 for number, task in enumerate(tasks)},
-        "objective": -3.1,
-        "status": "solved",
-        "certificate": {"lower_bound": -3.1, "gap": 2e-14, "violation": 0.0},
-        "active_constraints": [],
-        "solve_seconds": 0.003,
+        **influence.to_json(),
+        "rules": rules.to_json(),
+        "solution": solution.to_json(),
     }
+
+
+def row_of(data: Mapping[str, Any]) -> StageRow:
+    """A row of the ledger from its JSON, of which a stage and its place may be left out."""
+    return StageRow.from_json({"stage": 0, "start_iteration": 0, "start_sample": 0, **data})
 
 
 def _rank_stability(tasks: Sequence[str], rng: np.random.Generator) -> dict[str, Any]:
@@ -173,10 +191,12 @@ def _rollout() -> dict[str, Any]:
 def _audit(tasks: Sequence[str]) -> dict[str, Any]:
     found = {"predicted": 0.1, "difference": 0.02, "low": 0.01, "high": 0.03}
     return {
-        "verdict": "confirmed",
-        "reason": "the audit's rollouts are as predicted",
-        "overall": found,
+        "overall": {**found, "verdict": "confirmed"},
         "tasks": {task: {**found, "verdict": "confirmed"} for task in tasks},
+        "iters": 40,
+        "repetitions": 4,
+        "confidence": 0.95,
+        "lost": [0, 0],
         "trained_tokens": 40_000,
         "evaluated_tokens": 8_000,
         "seconds": 2.0,
@@ -213,12 +233,6 @@ def realised(ledger: Sequence[Mapping[str, Any]], row: Mapping[str, Any]) -> dic
 
 def _named(names: Sequence[str], values: np.ndarray) -> dict[str, Any]:
     return dict(zip(names, values.tolist(), strict=True))
-
-
-def _table(
-    tasks: Sequence[str], domains: Sequence[str], values_VD: np.ndarray
-) -> dict[str, dict[str, float]]:
-    return {task: _named(domains, row_D) for task, row_D in zip(tasks, values_VD, strict=True)}
 
 
 if __name__ == "__main__":

@@ -163,10 +163,15 @@ class Explainer:
         if row.solution is None:
             raise InputError(f"stage {row.stage}: nothing was solved there: {row.reason}")
         objective = row.objective()
-        if row.rules is None or objective is None:
+        if row.rules is None:
             raise InputError(
                 f"stage {row.stage} was written by an earlier version: its row lacks the goal that "
                 f"was solved, so its pushes are not known"
+            )
+        if objective is None:
+            raise InputError(
+                f"stage {row.stage}: an entry of its influence is not a number, so its pushes are "
+                f"not known"
             )
         self._row, self._solution, self._objective = row, row.solution, objective
         self._groups = row.rules.constraints.groups

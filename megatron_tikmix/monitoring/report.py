@@ -199,8 +199,8 @@ def reasons(history: RunHistory) -> dict[int, Table]:
 
 
 def _explained(former: StageRow, row: StageRow) -> list[Explanation]:
-    """Explain what the answer moves most; empty where an earlier version wrote the row."""
-    if row.solution is None or row.rules is None:
+    """Explain what the answer moves most; empty where the row does not tell."""
+    if row.solution is None or row.objective() is None:
         return []
     explainer = Explainer(former, row)
     largest = [move.domain for move in moves(former.weights, row.solution.mixture) if move.change]

@@ -57,7 +57,7 @@ def test_a_bad_line_in_the_middle_is_named(tmp_path, bad):
 
 def test_an_unfinished_run_directory_reads_as_empty(tmp_path):
     files = RunFiles(tmp_path)
-    assert (files.config, files.metrics, files.ledger) == ({}, [], [])
+    assert (files.config, files.metrics, list(files.ledger)) == ({}, [], [])
 
 
 def test_what_a_resumed_run_wrote_again_replaces_the_first_version(tmp_path):

@@ -10,7 +10,7 @@ from megatron_tikmix.json_lines import append_jsonl
 from megatron_tikmix.monitoring.files import RunFiles
 from megatron_tikmix.monitoring.history import RunHistory
 from megatron_tikmix.monitoring.words import DASH, Influence, clean, count, duration, moves, shorten
-from tests.make_run import make_run
+from tests.make_run import make_run, row_of
 
 
 @pytest.fixture
@@ -95,7 +95,7 @@ def test_stages_account_for_every_sample(tmp_path):
     history = RunHistory(RunFiles(tmp_path))
     assert history.samples_KD.sum() == pytest.approx(metrics[-1]["consumed_samples"])
     assert history.samples_KD.shape == (4, 7)
-    assert [row["stage"] for row, _ in history.measured] == [1, 2, 3]
+    assert [row.stage for row, _ in history.measured] == [1, 2, 3]
     assert history.task_losses[metrics[-1]["iteration"]] == metrics[-1]["task_loss"]
 
 
@@ -105,7 +105,7 @@ def test_influence_relative_to_each_task_and_what_is_noise():
         "influence": {"t": {"a": 4e-5, "b": -8e-5}, "u": {"a": 0.0, "b": 0.0}},
         "influence_se": {"t": {"a": 2.1e-5, "b": 2e-5}, "u": {"a": 0.1, "b": None}},
     }
-    influence = Influence.of(row)
+    influence = Influence.of(row_of(row))
     relative = influence.relative()
     np.testing.assert_allclose(relative.values_VD, [[0.5, -1.0], [0.0, 0.0]])
     np.testing.assert_allclose(relative.errors_VD[0], [0.2625, 0.25])
@@ -113,12 +113,12 @@ def test_influence_relative_to_each_task_and_what_is_noise():
     mean_D, error_D = relative.mean()
     np.testing.assert_allclose(mean_D, [0.25, -0.5])
     assert error_D[0] == pytest.approx((0.2625 + 0.1) / 2)
-    assert Influence.of({"weights": {"a": 1.0}, "influence": None}) is None
+    assert Influence.of(row_of({"weights": {"a": 1.0}, "influence": None})) is None
 
 
 def test_a_domain_the_row_does_not_hold_is_unknown():
     row = {"weights": {"a": 1.0}, "influence": {"t": {"a": 1.0}}, "influence_se": {"t": {"a": 0.1}}}
-    influence = Influence.of(row, ["new", "a"])
+    influence = Influence.of(row_of(row), ["new", "a"])
     assert math.isnan(influence.values_VD[0, 0])
     assert influence.is_noise().tolist() == [[True, False]]
 

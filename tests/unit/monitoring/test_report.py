@@ -3,19 +3,17 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 
-from megatron_tikmix.decision.explain import explain
+from megatron_tikmix.monitoring.answers import why
 from megatron_tikmix.errors import InputError
 from megatron_tikmix.monitoring import figures
 from megatron_tikmix.monitoring.files import RunFiles
 from megatron_tikmix.monitoring.history import RunHistory
-from megatron_tikmix.monitoring.report import main, write_report
+from megatron_tikmix.monitoring.report import write_report
 from megatron_tikmix.monitoring.words import DASH, count, duration
 from tests.make_run import SEQUENCE_LENGTH, make_run
 
@@ -207,7 +205,7 @@ def test_what_pushed_is_what_why_says(tmp_path):
         assert head[7:] == ["all alike", "change", "noise (±)"]
         assert len(rows) == 6
         for cells in rows:
-            found = explain(history, cells[0], row["stage"])
+            found = why(history, cells[0], row["stage"])
             gain = sum(found.change.gain.values())
             assert cells[2] == f"{100 * gain:+.2f}".replace("-", MINUS)
             moved = 100 * (found.solved - found.before)
@@ -319,13 +317,3 @@ def test_values_that_were_not_finite_leave_gaps(tmp_path):
     rows = {row[0]: row for row in page.tables["mixture"]}
     assert rows["noise"][5] == DASH
     assert rows["python"][5] != DASH
-
-
-def test_from_the_command_line(tmp_path, capsys):
-    make_run(tmp_path, SIX, ["t"], stages=2, seed=0)
-    command = [sys.executable, "-m", "megatron_tikmix.monitoring.report", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == str(tmp_path / "report.html")
-    assert done.stderr == ""
-    assert main([str(tmp_path / "nowhere")]) == 2
-    assert "nowhere" in capsys.readouterr().err

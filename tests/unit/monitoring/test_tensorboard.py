@@ -11,7 +11,7 @@ from tensorboard.plugins.hparams import plugin_data_pb2
 
 from megatron_tikmix.monitoring.tensorboard import TensorBoardWriter, heat_map_image, layout_of
 from megatron_tikmix.monitoring.words import Influence
-from tests.make_run import make_run, realised
+from tests.make_run import make_run, realised, row_of
 from tests.tensorboard_values import assert_same, expected_scalars, read_back, undocumented
 
 event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
@@ -21,8 +21,8 @@ def write(log_dir, ledger, metrics, purge_step=None):
     with TensorBoardWriter(log_dir, purge_step=purge_step, sequence_length=128) as writer:
         former = None
         for stage in ledger:
-            writer.stage(stage, former)
-            former = stage
+            writer.stage(row_of(stage), former)
+            former = row_of(stage)
             end = stage["start_iteration"] + 120
             for row in metrics:
                 if stage["start_iteration"] < row["iteration"] <= end:
@@ -40,7 +40,7 @@ def test_every_value_comes_back(tmp_path, domains):
     assert f"{ledger[1]['total_variation']:.3f} (noise 0.021)" in texts[120]
     assert "Largest moves: " in texts[120]
     assert "24 rollouts: 59.0 k tokens in 4.0 s." in texts[120]
-    assert "The audit's rollouts are as predicted. Audit: 48.0 k tokens in 2.0 s." in texts[120]
+    assert "+0.0300. Audit: 48.0 k tokens in 2.0 s." in texts[120]
     assert "Largest moves: " not in texts[0]
 
 
@@ -153,7 +153,7 @@ def test_the_heat_map_shows_the_matrix(tmp_path):
     (image,) = accumulated(tmp_path / "tb").Images("influence/heat_map")
     assert image.step == 120
     pixels = np.asarray(Image.open(io.BytesIO(image.encoded_image_string)).convert("RGB"))
-    drawn, grid = heat_map_image(Influence.of(ledger[1]))
+    drawn, grid = heat_map_image(Influence.of(row_of(ledger[1])))
     np.testing.assert_array_equal(pixels, drawn)
     # Near a cell's corner, where no number is written.
     corners = [grid.corner(d, 0) for d in range(5)]
@@ -180,7 +180,7 @@ def test_signs_survive_being_shrunk_by_leaving_out_pixels(times):
             task: {name: sign * abs(value) for name, value in values.items()}
             for task, values in row["influence"].items()
         }
-        pixels, grid = heat_map_image(Influence.of(row))
+        pixels, grid = heat_map_image(Influence.of(row_of(row)))
         for d, v in np.ndindex(4, 4):
             x, y = grid.corner(d, v)
             inside = np.s_[y : y + grid.cell_height - grid.gap, x : x + grid.cell_width - grid.gap]

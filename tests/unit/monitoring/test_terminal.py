@@ -8,7 +8,7 @@ from rich.console import Console
 
 from megatron_tikmix.monitoring.terminal import Terminal
 from megatron_tikmix.monitoring.words import DASH
-from tests.make_run import SEQUENCE_LENGTH, make_run
+from tests.make_run import SEQUENCE_LENGTH, make_run, row_of
 
 MINUS = "\N{MINUS SIGN}"
 SIX = ["prose", "python", "licences", "man_pages", "c_headers", "noise"]
@@ -33,7 +33,7 @@ def boundary(domains, tasks, tmp_path):
     terminal = Terminal(360, console=console)
     former, row = ledger[1:]
     tokens = {name: SEQUENCE_LENGTH * n for name, n in row["domain_samples"].items()}
-    terminal.boundary(former, row, tokens)
+    terminal.boundary(row_of(former), row_of(row), tokens)
     return console.file.getvalue().splitlines(), former, row
 
 
@@ -97,7 +97,7 @@ def test_domains_that_are_repeated_are_named(tmp_path):
     console = plain()
     terminal = Terminal(360, console=console)
     row["domain_epochs"] = {**row["domain_epochs"], SIX[1]: 3.14159, SIX[2]: 1.5}
-    terminal.boundary(None, row, {})
+    terminal.boundary(None, row_of(row), {})
     words = " ".join(console.file.getvalue().split())
     assert f"in their second or later: {SIX[1]} 3.14, {SIX[2]} 1.50." in words
 
@@ -134,7 +134,7 @@ def test_of_many_tasks_the_mean_is_shown_over_all_domains(tmp_path):
 def test_where_tasks_have_no_room_the_mean_is_shown_and_no_number_is_cut(tmp_path, width):
     ledger, _ = make_run(tmp_path, SIX, list("abcdef"), stages=2, seed=2)
     console = Console(file=io.StringIO(), width=width)
-    Terminal(360, console=console).boundary(*ledger, {})
+    Terminal(360, console=console).boundary(*map(row_of, ledger), {})
     lines = console.file.getvalue().splitlines()
     assert max(map(len, lines)) <= width
     assert "Mean over 6 tasks" in " ".join(lines)
@@ -156,7 +156,7 @@ def test_names_are_neither_markup_nor_columns(tmp_path):
 def test_the_first_stage_has_weights_and_no_moves(tmp_path):
     ledger, _ = make_run(tmp_path, SIX, ["t"], stages=1, seed=2)
     console = plain()
-    Terminal(10, console=console).boundary(None, ledger[0], {})
+    Terminal(10, console=console).boundary(None, row_of(ledger[0]), {})
     text = console.file.getvalue()
     assert text.count("16.7 → 16.7") == 6
     assert "±" not in text
