@@ -161,11 +161,12 @@ def _checked(
 
 
 class _Process:
-    """One process of the pool, at the test's end."""
+    """A process of the pool, as the test's own process sees it."""
 
-    def __init__(self, folder: Path, rank: int) -> None:
+    def __init__(self) -> None:
         context = multiprocessing.get_context("spawn")
-        self.output = [folder / f"{rank}.{name}" for name in ("stdout", "stderr")]
+        self.folder = tempfile.TemporaryDirectory(prefix="rank-")
+        self.output = [Path(self.folder.name) / name for name in ("stdout", "stderr")]
         for file in self.output:
             file.touch()
         self.connection, theirs = context.Pipe()
@@ -185,15 +186,15 @@ class _Process:
         """End it and what it has started."""
         if self.process.is_alive():
             try:
-                os.killpg(self.process.pid, signal.SIGKILL)  # it leads a group of its own, soon
-            except ProcessLookupError:
+                os.killpg(self.process.pid, signal.SIGKILL)
+            except ProcessLookupError:  # it has not come to lead a group of its own
                 self.process.kill()
         self.process.join()
         self.connection.close()
+        self.folder.cleanup()
 
 
 _pool: list[_Process] = []
-_folder: tempfile.TemporaryDirectory[str] | None = None
 
 
 def _outcomes(
@@ -202,20 +203,13 @@ def _outcomes(
     request = pickle.dumps((function, arguments))
     try:
         while len(_pool) < ranks:
-            _pool.append(_Process(_output_folder(), len(_pool)))
+            _pool.append(_Process())
         outcomes = _ask(_pool[:ranks], request, timeout)
     except BaseException:  # an interrupt, or pytest's own timeout, too
         _kill(0)
         raise
     _kill(KEPT)
     return outcomes
-
-
-def _output_folder() -> Path:
-    global _folder
-    if _folder is None:
-        _folder = tempfile.TemporaryDirectory(prefix="ranks-")
-    return Path(_folder.name)
 
 
 def _kill(kept: int) -> None:
