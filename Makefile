@@ -1,11 +1,12 @@
 # make quickstart   train a small model on real text while its mixture moves
-# make test         run the test suite
+# make test         run the test suite; make test-slow: the tests that it leaves out, minutes each
 # make claims       compare policies by experiment; PROFILE=smoke (default), cpu, confirm or gpu
 # Each sets up all it needs, in .venv, with the versions of constraints.txt.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PYTEST := $(BIN)/python -m pytest --durations=15
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 CORPUS := runs/quickstart-data/corpus
 MANIFEST := runs/quickstart-data/domains.yaml
@@ -15,7 +16,7 @@ JOBS ?= 2
 # With several ranks on few cores, one thread each is fastest.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: quickstart test claims check clean-quickstart
+.PHONY: quickstart test test-slow claims check clean-quickstart
 
 quickstart: $(MANIFEST)
 	$(BIN)/torchrun --standalone --nproc-per-node $(RANKS) -m megatron_tikmix examples/quickstart.yaml
@@ -31,8 +32,11 @@ clean-quickstart:
 # Two processes: what runs of one rank leave behind in the first (threads of their process groups, by
 # the thousand) must not slow down the jobs of the second.
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest tests/unit
-	$(BIN)/python -m pytest tests/distributed tests/gpu
+	$(PYTEST) -m "not slow" tests/unit
+	$(PYTEST) -m "not slow" tests/distributed tests/gpu
+
+test-slow: $(VENV)/.installed-dev
+	$(PYTEST) -m slow tests
 
 claims: $(VENV)/.installed
 	$(BIN)/python benchmarks/claims --profile $(PROFILE) --jobs $(JOBS)

@@ -7,15 +7,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import copy
 import gc
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import yaml
 from hypothesis import settings as hypothesis_settings
 from tokenizers import Tokenizer, models, pre_tokenizers
 
@@ -165,34 +162,6 @@ def let_go_of_models() -> None:
     for chunk in [each for each in gc.get_objects() if type(each) is DistributedDataParallel]:
         vars(chunk).clear()
     gc.collect()
-
-
-def launch(
-    settings: dict[str, Any],
-    ranks: int = 1,
-    check: bool = True,
-    module: str = "megatron_tikmix",
-    max_restarts: int = 0,
-    **environment: str,
-) -> subprocess.CompletedProcess[str]:
-    """Run ``python -m megatron_tikmix`` on `ranks` processes, through torchrun if more than one."""
-    folder = Path(settings["run_dir"]).parent
-    config = folder / f"{Path(settings['run_dir']).name}.yaml"
-    config.write_text(yaml.safe_dump(settings))
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    torchrun.append(f"--max-restarts={max_restarts}")
-    result = subprocess.run(
-        [sys.executable, *(torchrun if ranks > 1 else []), "-m", module, str(config)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-        cwd=ROOT,
-        env={**os.environ, **environment},
-    )
-    if check and result.returncode != 0:
-        pytest.fail(f"exit code {result.returncode}\n{result.stdout}\n{result.stderr}")
-    return result
 
 
 def read_rows(run_dir: str | Path, name: str) -> list[dict[str, Any]]:

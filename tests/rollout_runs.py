@@ -1,7 +1,8 @@
-"""Runs trained for a few steps, and rollouts on them; used in process and through torchrun."""
+"""Runs trained for a few steps, and rollouts on them; on one rank or in `run_on_ranks`."""
 
 import gc
 import hashlib
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -34,16 +35,17 @@ DROPOUT = {"model.hidden_dropout": 0.1, "model.attention_dropout": 0.1}
 def job(settings: dict[str, Any]) -> Iterator[Parallel]:
     """The ranks of this job, laid out as the settings say."""
     config, _ = load_settings(settings)
-    parallel = initialize(config.model, config.seed, 2)
+    parallel = initialize(config.model, config.seed, 5)
     try:
         yield parallel
+        torch.distributed.barrier()  # none leaves while another still listens to it
     finally:
         shut_down()
         let_go_of_models()
 
 
 def load_settings(settings: dict[str, Any]) -> tuple[Any, str]:
-    path = Path(settings["run_dir"]).with_suffix(".yaml")
+    path = Path(f"{settings['run_dir']}-{os.getpid()}.yaml")  # each rank writes its own
     path.write_text(yaml.safe_dump(settings))
     return load_config([str(path)])
 

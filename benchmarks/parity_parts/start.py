@@ -1,5 +1,6 @@
 """The checkpoint that everything starts from, and launches from copies of it."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -109,13 +110,16 @@ def launch(
     config = new_run(settings, name, fields, copied=copied)
     if record:
         (run_dir / "samples").mkdir()
-    module = "tests.distributed.recording_worker" if record else "megatron_tikmix"
+    program = ["megatron_tikmix"]
+    if record:
+        samples = json.dumps([str(run_dir / "samples")])
+        program = ["tests.ranks", "tests.recording:recording", samples]
     started = time.perf_counter()
-    on_ranks(ranks, ["-m", module, str(config)], run_dir / "log.txt", samples=run_dir / "samples")
+    on_ranks(ranks, ["-m", *program, str(config)], run_dir / "log.txt")
     return time.perf_counter() - started
 
 
-def on_ranks(ranks: int, arguments: list[str], log: Path, samples: Path | None = None) -> None:
+def on_ranks(ranks: int, arguments: list[str], log: Path) -> None:
     """Start so many ranks of a program and wait for them.
 
     Raises:
@@ -126,8 +130,6 @@ def on_ranks(ranks: int, arguments: list[str], log: Path, samples: Path | None =
     folders = [str(ROOT), str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH", "")]
     path = os.pathsep.join(folders)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    if samples is not None:
-        environment["RECORD_FOLDER"] = str(samples)
     with log.open("w", encoding="utf-8") as file:
         result = subprocess.run(
             command, stdout=file, stderr=file, cwd=ROOT, env=environment, timeout=LIMIT_SECONDS

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import launch, overridden, read_rows
+from tests.conftest import overridden, read_rows
+from tests.ranks import train
 
 ADDED = {"data.domains": None, "checkpoint.allow_changed": ["domains"]}
 
@@ -19,7 +20,7 @@ def go_on(settings: dict[str, Any], at: int) -> list[dict[str, Any]]:
         if int(newer.name.removeprefix("iter_")) > at:
             shutil.rmtree(newer)
     (folder / "latest_checkpointed_iteration.txt").write_text(f"{at}\n")
-    launch(overridden(settings, ADDED))
+    train(overridden(settings, ADDED))
     return read_rows(settings["run_dir"], "mixture.jsonl")
 
 
@@ -29,11 +30,9 @@ def test_an_added_domain_gets_its_weight_and_the_others_go_on(
 ) -> None:
     # At 8 a stage had begun of which nothing was drawn: the new one takes its place.
     plain = copy.deepcopy(settings) | {"checkpoint": {"save_interval": 2}}
-    before = launch(overridden(plain, {"data.domains": ["low", "high"], "checkpoint.keep": 9}))
+    before = train(overridden(plain, {"data.domains": ["low", "high"], "checkpoint.keep": 9}))
     assert before.returncode == 0
-    refused = launch(
-        overridden(plain, {"data.domains": None, "train.train_iters": 14}), check=False
-    )
+    refused = train(overridden(plain, {"data.domains": None, "train.train_iters": 14}), check=False)
     assert refused.returncode == 2
     assert "without domains junk, which the run has added" in refused.stderr
     ledger = go_on(plain, at)

@@ -8,7 +8,8 @@ import pytest
 import yaml
 
 from megatron_tikmix.__main__ import main
-from tests.conftest import launch, overridden, write_tokens
+from tests.conftest import overridden, write_tokens
+from tests.ranks import launch
 
 CASES = {
     "unknown field": ({"model.hiden_size": 64}, "did you mean model.hidden_size?"),

@@ -1,9 +1,6 @@
 """A Remixer in a bare megatron-core loop decides what it decides in ours."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +13,9 @@ from megatron_tikmix.config import load_config
 from megatron_tikmix.influence.bank import SubBatchBank
 from megatron_tikmix.megatron.groups import initialize, shut_down
 from megatron_tikmix.megatron.model import build_model
-from tests.conftest import ROOT, VOCAB_SIZE, launch, overridden, read_rows
+from tests.conftest import VOCAB_SIZE, overridden, read_rows
+from tests.distributed import bare_loop
+from tests.ranks import run_on_ranks, train
 
 # Names of both configurations, ours and the bare loop's.
 OURS = {"make_vocab_size_divisible_by"}
@@ -45,7 +44,7 @@ def first() -> dict[str, Path]:
 def ours(settings: dict[str, Any], first: dict[str, Path]) -> Path:
     """Our own run of one rank, made once, and beside it the parameters that it begins with."""
     if not first:
-        launch(overridden(settings, {"train.log_interval": 1}))
+        train(overridden(settings, {"train.log_interval": 1}))
         first["ours"] = Path(settings["run_dir"])
     return first["ours"]
 
@@ -99,19 +98,7 @@ def test_a_bare_loop_decides_what_ours_does(
         "parameters": str(tmp_path / "parameters"),
         **LOOPS[loop],
     }
-    (tmp_path / "settings.json").write_text(json.dumps(given))
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    worker = str(ROOT / "tests" / "distributed" / "bare_loop.py")
-    result = subprocess.run(
-        [sys.executable, *torchrun, worker, *(str(tmp_path / n) for n in ("settings.json", "out"))],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )
-    assert result.returncode == 0, result.stderr[-5000:]
+    run_on_ranks(bare_loop.main, 2, given, str(tmp_path / "out"))
     theirs = json.loads((tmp_path / "out").read_text())
     expected = [row for row in read_rows(ours, "mixture.jsonl") if row["bank"]]
     assert len(theirs) == len(expected) == 2

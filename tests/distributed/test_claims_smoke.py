@@ -5,9 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 def test_the_smoke_profile_runs_every_policy_and_goes_on_where_it_was(tmp_path: Path) -> None:
     command = [sys.executable, "benchmarks/claims", "--profile", "smoke", "--work", str(tmp_path)]
     first = subprocess.run(

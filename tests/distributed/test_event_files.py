@@ -6,7 +6,8 @@ from typing import Any
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megatron_tikmix.monitoring.words import decision_in_words
-from tests.conftest import launch, overridden, read_rows
+from tests.conftest import overridden, read_rows
+from tests.ranks import train
 from tests.tensorboard_values import assert_same, expected_scalars, read_back, undocumented
 
 
@@ -22,8 +23,8 @@ def test_every_value_is_that_of_the_ledger_or_the_metrics(
             "scheduler.lr_decay_iters": 12,
         },
     )
-    launch(overridden(settings, {"train.train_iters": 8}))
-    launch(settings, ranks=2)
+    train(overridden(settings, {"train.train_iters": 8}))
+    train(settings, ranks=2)
     run_dir = Path(settings["run_dir"])
     ledger, metrics = (read_rows(run_dir, f"{name}.jsonl") for name in ("mixture", "metrics"))
     assert [row["start_iteration"] for row in ledger] == [0, 4, 8]

@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import launch, overridden, read_rows
+from tests.conftest import overridden, read_rows
+from tests.ranks import train
+from tests.recording import recording
 
 # Batches of 4 up to sample 24, and of 8 from there on; boundaries at samples 32 and 64.
 RAMP_UP = {"train.rampup_batch_size": [4, 4, 24], "train.train_iters": 13}
@@ -16,12 +18,7 @@ def recorded(settings: dict[str, Any], ranks: int) -> dict[int, list[Any]]:
     """Run it; domain and tokens of each global sample index that was read, all ranks together."""
     folder = Path(settings["run_dir"] + "_samples")
     folder.mkdir(exist_ok=True)
-    launch(
-        settings,
-        ranks=ranks,
-        module="tests.distributed.recording_worker",
-        RECORD_FOLDER=str(folder),
-    )
+    train(settings, ranks=ranks, change=(recording, str(folder)))
     rows = [row for path in sorted(folder.glob("*.jsonl")) for row in read_rows(folder, path.name)]
     found = {index: rest for index, *rest in rows}
     assert len(found) == len(rows), "each index is read once, by one rank"
@@ -41,13 +38,13 @@ def test_a_ledger_is_replayed_at_another_data_parallel_size(settings: dict[str, 
             "remix.schedule": settings["run_dir"],
         },
     )
-    plan = launch(overridden(follower, {"dry_run": True})).stdout
+    plan = train(overridden(follower, {"dry_run": True})).stdout
     assert "the mixtures and the samples of" in plan
     assert "stages begin at iterations 0, 7, 11" in plan
     # The second half is resumed, on one rank again.
     leg = overridden(follower, {"train.train_iters": 9, "scheduler.lr_decay_iters": 13})
     assert {i: s for i, s in expected.items() if i < 48} == recorded(leg, ranks=2)
-    launch(overridden(follower, {"scheduler.lr_decay_iters": 13}))
+    train(overridden(follower, {"scheduler.lr_decay_iters": 13}))
     ours, theirs = (read_rows(run["run_dir"], "mixture.jsonl") for run in (follower, settings))
     assert [row["source"] for row in ours] == ["initial", "schedule", "schedule"]
     assert [row["source"] for row in theirs][1:] != ["kept", "kept"], "something was decided"
@@ -66,7 +63,7 @@ def test_a_ledger_is_replayed_at_another_data_parallel_size(settings: dict[str, 
     path = Path(settings["run_dir"] + "_other.json")
     path.write_text(json.dumps(stages))
     other = overridden(follower, {"remix.schedule": str(path), "train.train_iters": 14})
-    result = launch(other, check=False)
+    result = train(other, check=False)
     assert result.returncode == 2
     assert "stage 0 of" in result.stderr
     assert "keep the stages that have begun" in " ".join(result.stderr.split())

@@ -9,9 +9,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.conftest import ROOT
 
 
+@pytest.mark.slow
 def test_kills_at_random_moments_change_nothing(tmp_path: Path) -> None:
     figures = tmp_path / "kills.json"
     command = ["benchmarks/kill_resume.py", "--kills", "8", "--seed", "3", "--json", str(figures)]

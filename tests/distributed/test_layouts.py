@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from megatron_tikmix.influence.bank import SubBatchBank
-from tests.conftest import launch, overridden, read_rows, without_timings
+from tests.conftest import overridden, read_rows, without_timings
+from tests.ranks import train
 
 LAYOUTS = {
     "data parallel": {},
@@ -46,7 +47,7 @@ def reference(settings: dict[str, Any], runs: dict[str, Path]) -> Path:
     if "reference" not in runs:
         # A folder of its own: a layout that found this run in its own would resume it, finished.
         alone = overridden(settings, {"run_dir": settings["run_dir"] + "-reference"})
-        launch(alone)
+        train(alone)
         runs["reference"] = Path(alone["run_dir"])
     return runs["reference"]
 
@@ -64,7 +65,7 @@ def matrices(run_dir: Path) -> list[np.ndarray]:
 def test_two_ranks_give_the_numbers_of_one(
     layout: str, reference: Path, settings: dict[str, Any], runs: dict[str, Path]
 ) -> None:
-    launch(overridden(settings, LAYOUTS[layout]), ranks=2)
+    train(overridden(settings, LAYOUTS[layout]), ranks=2)
     run_dir = Path(settings["run_dir"])
     runs[layout] = run_dir
     ours, theirs = read_rows(run_dir, "metrics.jsonl"), read_rows(reference, "metrics.jsonl")
@@ -106,13 +107,13 @@ def test_tensor_and_pipeline_ranks_give_the_numbers_of_one_whatever_the_model(
 ) -> None:
     short = {**fields, "train.train_iters": 6, "remix.influence": "marginal"}
     alone = overridden(settings, {**short, "run_dir": settings["run_dir"] + "-reference"})
-    launch(alone)
+    train(alone)
     layout = {
         "model.tensor_model_parallel_size": 2,
         "model.pipeline_model_parallel_size": 2,
         "model.sequence_parallel": True,
     }
-    launch(overridden(settings, {**short, **layout}), ranks=4)
+    train(overridden(settings, {**short, **layout}), ranks=4)
     run_dir, reference = Path(settings["run_dir"]), Path(alone["run_dir"])
     rows = zip(
         read_rows(run_dir, "metrics.jsonl"), read_rows(reference, "metrics.jsonl"), strict=True
@@ -133,11 +134,11 @@ def largest_error(found_VD: np.ndarray, expected_VD: np.ndarray) -> float:
 def test_the_same_run_twice_gives_the_same_bits(
     settings: dict[str, Any], runs: dict[str, Path]
 ) -> None:
-    launch(overridden(settings, {"model.hidden_dropout": 0.1}), ranks=2)
+    train(overridden(settings, {"model.hidden_dropout": 0.1}), ranks=2)
     again = overridden(
         settings, {"model.hidden_dropout": 0.1, "run_dir": settings["run_dir"] + "2"}
     )
-    launch(again, ranks=2)
+    train(again, ranks=2)
     for name in ("metrics.jsonl", "mixture.jsonl"):
         first, second = (read_rows(s["run_dir"], name) for s in (settings, again))
         assert without_timings(first) == without_timings(second)

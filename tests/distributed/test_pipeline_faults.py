@@ -1,18 +1,49 @@
 """What megatron/faults.py does for interleaved pipelines, and that it is needed."""
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
-from tests.conftest import ROOT, overridden
-from tests.distributed.pipeline_worker import micro_batches
+from megatron_tikmix.data.builder import TrainingData
+from megatron_tikmix.data.domain_stream import DomainStream
+from megatron_tikmix.data.samples import Sample, stack
+from megatron_tikmix.training.build import build_training
+from tests.conftest import overridden
 from tests.one_rank import one_rank
+from tests.ranks import run_on_ranks
+from tests.rollout_runs import job, load_settings
+
+VARIANTS = {
+    "ours": {},
+    "not overlapped": {"overlap_p2p_comm": False, "batch_p2p_comm": True},
+    "ours again": {},
+}
+
+
+def micro_batches(streams: list[DomainStream]) -> list[Sample]:
+    """Eight of two samples."""
+    return [stack([streams[0][n], streams[1][n]]) for n in range(8)]
+
+
+def losses(settings: dict[str, Any]) -> dict[str, list[float]]:
+    """The losses of the micro-batches in each variant; none but on the last stage."""
+    config, _ = load_settings(settings)
+    with job(settings) as parallel:
+        data = TrainingData(config)
+        forward_backward, _, _ = build_training(config, data, parallel)
+        batches = micro_batches(data.streams)
+        found = {}
+        model_config = forward_backward.model[0].config
+        for name, fields in VARIANTS.items():
+            former = {field: getattr(model_config, field) for field in fields}
+            vars(model_config).update(fields)
+            for chunk in forward_backward.model:
+                chunk.zero_grad_buffer()
+            sums = forward_backward(batches, len(batches))
+            vars(model_config).update(former)
+            found[name] = [rows["loss"].sum().item() for rows in sums]
+        return found
 
 
 def test_interleaved_losses_are_right_with_it_and_wrong_without(
@@ -23,21 +54,7 @@ def test_interleaved_losses_are_right_with_it_and_wrong_without(
         "model.virtual_pipeline_model_parallel_size": 2,
     }
     settings = overridden(settings, {"model.hidden_size": 256, "train.global_batch_size": 8})
-    config, out = tmp_path / "pipeline.yaml", tmp_path / "out.json"
-    config.write_text(yaml.safe_dump(overridden(settings, interleaved)))
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    worker = ROOT / "tests" / "distributed" / "pipeline_worker.py"
-    result = subprocess.run(
-        [sys.executable, *torchrun, str(worker), str(config), str(out)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )
-    assert result.returncode == 0, result.stderr[-5000:]
-    found = json.loads(out.read_text())
+    _, found = run_on_ranks(losses, 2, overridden(settings, interleaved))
     with one_rank(settings, tmp_path) as run:
         batches = micro_batches(run.streams)
         sums = run.forward_backward(batches, len(batches))

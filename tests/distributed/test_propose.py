@@ -1,9 +1,7 @@
 """A proposal at a checkpoint is what the run itself decided there; nothing of it is touched."""
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,26 +10,13 @@ import pytest
 from megatron.core.datasets.utils import get_blend_from_list
 
 from megatron_tikmix.influence.matrix import InfluenceMatrix
-from tests.conftest import ROOT, launch, overridden, read_rows
+from tests.conftest import overridden, read_rows
+from tests.ranks import torchrun, train
 
 
 def propose(run_dir: Path, *arguments: object, ranks: int = 1) -> subprocess.CompletedProcess[str]:
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    tool = str(ROOT / "tools" / "propose_mixture.py")
-    return subprocess.run(
-        [
-            sys.executable,
-            *(torchrun if ranks > 1 else []),
-            tool,
-            str(run_dir),
-            *map(str, arguments),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )
+    command = ["tools/propose_mixture.py", str(run_dir), *map(str, arguments)]
+    return torchrun(command, ranks)
 
 
 def files(run_dir: Path) -> dict[str, tuple[int, int]]:
@@ -54,7 +39,7 @@ def largest_error(row: dict[str, Any], reference: dict[str, Any]) -> float:
 def test_a_proposal_is_what_the_run_decided_there(settings: dict[str, Any]) -> None:
     """At the checkpoints of both boundaries, dropout on; the second one on two ranks."""
     settings = overridden(settings, {"model.hidden_dropout": 0.1, "checkpoint.keep": 10})
-    launch(settings)
+    train(settings)
     run_dir = Path(settings["run_dir"])
     ledger = read_rows(run_dir, "mixture.jsonl")
     before = files(run_dir)
@@ -91,7 +76,7 @@ def test_other_tasks_and_domains_on_the_model_of_a_static_run(settings: dict[str
             "train.train_iters": 4,
         },
     )
-    launch(settings)
+    train(settings)
     run_dir = Path(settings["run_dir"])
     out = run_dir.with_name("proposal.json")
     more = ["--data.domains", "[low, high, junk]", "--tasks", "{only: {domain: high}}"]

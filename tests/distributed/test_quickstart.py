@@ -11,7 +11,8 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megatron_tikmix.__main__ import main
-from tests.conftest import ROOT, launch, overridden, read_rows
+from tests.conftest import ROOT, overridden, read_rows
+from tests.ranks import launch
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,8 @@ import pytest
 from megatron_tikmix.influence.bank import SubBatchBank
 from megatron_tikmix.influence.matrix import InfluenceMatrix
 from megatron_tikmix.mixture.mixture import Mixture
-from tests.conftest import launch, overridden, read_rows, without_timings
+from tests.conftest import overridden, read_rows, without_timings
+from tests.ranks import train
 
 ALL_AT_ONCE = {
     "remix.policy": "tikmix_m",
@@ -34,7 +35,7 @@ ALL_AT_ONCE = {
 @pytest.fixture
 def rows(settings: dict[str, Any]) -> list[dict[str, Any]]:
     settings = overridden(settings, ALL_AT_ONCE)
-    launch(settings, ranks=2)
+    train(settings, ranks=2)
     return read_rows(settings["run_dir"], "mixture.jsonl")
 
 
@@ -75,6 +76,6 @@ def test_without_anything_applied_training_is_that_of_a_static_run(
         "static": {"remix.policy": "static", "train.train_iters": 16},
     }.items():
         mine = overridden(settings, {**overrides, "run_dir": f"{settings['run_dir']}-{name}"})
-        launch(mine, ranks=2)
+        train(mine, ranks=2)
         runs[name] = without_timings(read_rows(mine["run_dir"], "metrics.jsonl"))
     assert runs["measured"] == runs["static"]

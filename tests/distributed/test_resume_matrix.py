@@ -5,9 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.conftest import ROOT
 
 
+@pytest.mark.slow
 def test_every_layout_goes_on_from_every_other(tmp_path: Path) -> None:
     figures = tmp_path / "matrix.json"
     result = subprocess.run(

@@ -1,16 +1,36 @@
 """Rollouts on two ranks: exact restoration, the numbers of one rank, and no hang."""
 
-import json
-import subprocess
-import sys
-from pathlib import Path
+from collections.abc import Callable
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 
-from tests.conftest import ROOT, overridden
-from tests.rollout_runs import DROPOUT, THREE, candidates, job, rollouts_of, trained
+import megatron_tikmix.measure.rollouts as rollouts_module
+from megatron_tikmix.config import AuditConfig, RemixConfig, TaskConfig
+from megatron_tikmix.decision.decide import Boundary, Decision
+from megatron_tikmix.errors import InputError, RolloutError
+from megatron_tikmix.influence.matrix import InfluenceMatrix
+from megatron_tikmix.measure.remixer import Remixer
+from megatron_tikmix.measure.rollouts import Rollouts, RolloutService
+from megatron_tikmix.mixture.mixture import Mixture
+from tests.conftest import overridden
+from tests.ranks import RanksFailed, run_on_ranks
+from tests.rollout_runs import (
+    DROPOUT,
+    THREE,
+    candidates,
+    failing,
+    job,
+    losses_of_steps,
+    rollouts_of,
+    settled,
+    state_digests,
+    trained,
+)
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "data parallel": {},
@@ -38,40 +58,149 @@ def small(settings: dict[str, Any]) -> dict[str, Any]:
     return overridden(settings, {"probe.task_samples": 6})
 
 
-def workers(
-    part: str, settings: list[dict[str, Any]], folder: Path, check: bool = True
-) -> tuple[list[Any], subprocess.CompletedProcess[str]]:
-    """What each of two ranks wrote, and how the job ended."""
-    asked = folder / f"{part}.json"
-    asked.write_text(json.dumps({"part": part, "settings": settings, "results": str(folder)}))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    result = subprocess.run(
-        [*command, "-m", "tests.distributed.rollout_worker", str(asked)],
-        capture_output=True,
-        text=True,
-        timeout=150,
-        check=False,
-        cwd=ROOT,
-    )
-    if check and result.returncode != 0:
-        pytest.fail(f"exit code {result.returncode}\n{result.stdout}\n{result.stderr}")
-    files = [folder / f"{rank}.json" for rank in range(2)]
-    return [json.loads(file.read_text()) for file in files if file.exists()], result
+def undisturbed(settings: dict[str, Any]) -> dict[str, Any]:
+    """Whether training goes on bit for bit, and what the rollouts measured."""
+    with job(settings) as parallel:
+        expected = losses_of_steps(trained(settings, parallel), 3)
+        run = trained(settings, parallel)
+        before = settled(run)
+        outcomes = rollouts_of(run).measure(candidates(run.domains, *THREE), seed=7, iters=2)
+        after = state_digests(run)
+        return {
+            "changed": [kind for kind in before if before[kind] != after[kind]],
+            "losses": [expected, losses_of_steps(run, 3)],
+            "outcomes": outcomes.outcomes_NV.tolist(),
+            "tokens": [outcomes.trained_tokens, outcomes.evaluated_tokens],
+        }
+
+
+def served(settings: dict[str, Any]) -> dict[str, Any]:
+    """A solver on rank 0, in good and in bad days; the state must be the same after each."""
+    with job(settings) as parallel:
+        run = trained(settings, parallel)
+        rollouts = rollouts_of(run)
+        before = settled(run)
+        weights_ND = candidates(run.domains, *THREE)
+        seen: dict[str, Any] = {}
+
+        def attempt(name: str, solve: Callable[[Any], Any]) -> None:
+            service = RolloutService(rollouts, seed=7, iters=2)
+            try:
+                answer = service.run(solve)
+            except Exception as error:
+                answer = f"{type(error).__name__}: {error}"
+            seen[name] = {
+                "answer": answer.tolist() if isinstance(answer, np.ndarray) else answer,
+                "rollouts": service.cost.rollouts,
+                "tokens": service.cost.trained_tokens,
+                "restored": state_digests(run) == before,
+            }
+
+        def one_after_the_other(probe: Any) -> Any:
+            return np.concatenate([probe(weights_ND[:1]), probe(weights_ND[1:] / 2**30)])
+
+        def fails_after(error: Exception) -> Callable[[Any], Any]:
+            def solve(probe: Any) -> Any:
+                probe(weights_ND[:1])
+                raise error
+
+            return solve
+
+        def goes_on_without(probe: Any) -> Any:
+            try:
+                return probe(weights_ND)
+            except RolloutError as error:
+                return f"went on without: {error}"
+
+        attempt("direct", lambda probe: probe(weights_ND))
+        attempt("two probes", one_after_the_other)
+        attempt("no probe", lambda probe: "nothing asked")
+        attempt("solver fails", fails_after(ArithmeticError("no solution")))
+        attempt("bad input", fails_after(InputError("remix.gamma is wrong")))
+        attempt("no mixture", lambda probe: probe(np.zeros((1, 3), dtype=np.int64)))
+        seen["audit"] = audited(rollouts)
+        broken_data(rollouts, parallel.rank == 1)
+        attempt("data fails on rank 1", lambda probe: probe(weights_ND))
+        attempt("data fails on rank 1, caught", goes_on_without)
+        del rollouts._next_batch
+        failing(run, 20, ValueError("no more"))
+        attempt("a step fails on both", goes_on_without)
+        return seen
+
+
+def audited(rollouts: Rollouts) -> dict[str, Any]:
+    """A Remixer's audits of a mixture without the domain of the task that counts, against a
+    prediction made by hand; the weight of that domain afterwards."""
+    domains, tasks = rollouts.data.domains, rollouts.data.tasks
+    old, new = Mixture.uniform(domains).rounded(), Mixture({"low": 1.0, "high": 0.0, "junk": 0.0})
+    at = Boundary(stage=1, iteration=0, prior=old, consumed={}, interval_samples=1, ledger=[])
+    decided = Decision(new)
+    if rollouts.parallel.is_main:
+        values_VD = [[float(name == "low") for name in domains] for _ in tasks]
+        matrix = InfluenceMatrix(values_VD, domains=domains, tasks=tasks)
+        bank: Any = SimpleNamespace(influence_matrix=lambda: matrix)
+        decided = Decision(new, source="tikmix_d", reason="so", bank=bank)
+    forced = replace(decided, source="fallback") if rollouts.parallel.is_main else decided
+    weights, verdict = {}, None
+    for name, decision, required in (
+        ("required", decided, True),
+        ("not required", decided, False),
+        ("forced", forced, True),
+    ):
+        config: Any = SimpleNamespace(
+            audit=AuditConfig(enabled=True, iters=8),
+            remix=RemixConfig(require_audit=required),
+            probe=SimpleNamespace(seed=5),
+            deciding_tasks={
+                "low": TaskConfig(domain="low", weight=1e-6),
+                "high": TaskConfig(domain="high"),
+            },
+        )
+        probe: Any = SimpleNamespace(domains=domains)
+        nothing: Any = None
+        remixer = Remixer(probe, nothing, rollouts, rollouts.parallel, config, nothing)
+        found = remixer._audited(decision, at)
+        weights[name] = round(found.mixture["high"], 3)
+        verdict = found.audit and found.audit["verdict"]
+    return {"verdict": verdict, "weight": weights}
+
+
+def broken_data(rollouts: Rollouts, broken: bool) -> None:
+    real = rollouts._next_batch
+
+    def next_batch(blended: Any) -> Any:
+        if broken:
+            raise OSError("the disk is gone")
+        return real(blended)
+
+    rollouts._next_batch = next_batch
+
+
+def alone(settings: dict[str, Any]) -> None:
+    """A step fails on rank 1 only, in the middle of the others' step: the job must end."""
+    with mock.patch.object(rollouts_module, "_PATIENCE_SECONDS", 1.0), job(settings) as parallel:
+        run = trained(settings, parallel)
+        if parallel.rank == 1:
+            failing(run, 20, ValueError("only here"))
+        weights_ND = candidates(run.domains, *THREE)
+        RolloutService(rollouts_of(run), seed=7, iters=2).run(lambda probe: probe(weights_ND))
 
 
 def test_every_layout_is_restored_and_gives_the_numbers_of_one_rank(
-    small: dict[str, Any], tmp_path: Path
+    small: dict[str, Any],
 ) -> None:
-    layouts = [overridden(small, overrides) for overrides in LAYOUTS.values()]
-    ranks, _ = workers("undisturbed", layouts, tmp_path)
+    layouts = {
+        name: run_on_ranks(undisturbed, 2, overridden(small, overrides))
+        for name, overrides in LAYOUTS.items()
+    }
     with job(small) as parallel:
         run = trained(small, parallel)
         one = rollouts_of(run).measure(candidates(run.domains, *THREE), seed=7, iters=2)
     # 3 candidates, 2 steps of 8 samples; 2 tasks of 6 samples, before and three times after.
     assert (one.trained_tokens, one.evaluated_tokens) == (3 * 2 * 8 * 32, 4 * 2 * 6 * 32)
     assert np.abs(one.outcomes_NV).min() > 1e-3
-    for rank in ranks:
-        for name, seen in zip(LAYOUTS, rank, strict=True):
+    for name, ranks in layouts.items():
+        for seen in ranks:
             assert seen["changed"] == [], name
             expected, losses = seen["losses"]
             assert losses == expected, name
@@ -80,14 +209,12 @@ def test_every_layout_is_restored_and_gives_the_numbers_of_one_rank(
                 np.testing.assert_allclose(
                     seen["outcomes"], one.outcomes_NV, rtol=0, atol=5e-6, err_msg=name
                 )
-    for name, first, second in zip(LAYOUTS, *ranks, strict=True):
+        first, second = ranks
         assert first["outcomes"] == second["outcomes"], name
 
 
-def test_a_solver_on_rank_0_is_served_whatever_happens(
-    small: dict[str, Any], tmp_path: Path
-) -> None:
-    ((main,), (other,)), _ = workers("served", [overridden(small, DROPOUT)], tmp_path)
+def test_a_solver_on_rank_0_is_served_whatever_happens(small: dict[str, Any]) -> None:
+    main, other = run_on_ranks(served, 2, overridden(small, DROPOUT))
     assert main["two probes"]["answer"] == main["direct"]["answer"]
     assert main["no probe"]["answer"] == "nothing asked"
     for name in ("direct", "two probes", "no probe"):
@@ -125,9 +252,9 @@ def test_a_solver_on_rank_0_is_served_whatever_happens(
     assert main["two probes"]["rollouts"] == 3
 
 
-def test_a_step_that_fails_on_one_rank_ends_the_job(small: dict[str, Any], tmp_path: Path) -> None:
-    """No time is asserted but the launcher's limit: what matters is that nobody waits for ever."""
-    results, ended = workers("alone", [small], tmp_path, check=False)
-    assert ended.returncode != 0
-    assert results == []
-    assert "ValueError: only here" in ended.stderr
+def test_a_step_that_fails_on_one_rank_ends_the_job(small: dict[str, Any]) -> None:
+    """No time is asserted but the limit: what matters is that nobody waits for ever."""
+    with pytest.raises(RanksFailed) as raised:
+        run_on_ranks(alone, 2, small, timeout=150)
+    _, told = str(raised.value).split("rank 1: Traceback")
+    assert "ValueError: only here" in told

@@ -9,9 +9,10 @@ import torch
 
 from megatron_tikmix.influence.bank import SubBatchBank
 from megatron_tikmix.training.loop import Run, train_interval
-from tests.conftest import launch, overridden, read_rows
+from tests.conftest import overridden, read_rows
 from tests.influence_reference import largest_error, make_ragged, probe_of, reference
 from tests.one_rank import one_rank
+from tests.ranks import launch
 
 pytestmark = pytest.mark.skipif(
     not (torch.cuda.is_available() and torch.distributed.is_nccl_available()),
