@@ -79,6 +79,8 @@ class Rules:
         constraints["groups"] = {
             name: DomainGroup(**group) for name, group in constraints["groups"].items()
         }
+        if not isinstance(constraints["fixed"], Mapping):
+            constraints["fixed"] = tuple(constraints["fixed"])
         return cls(
             **{
                 **data,

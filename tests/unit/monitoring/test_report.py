@@ -8,9 +8,9 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from megatron_tikmix.monitoring.answers import why
 from megatron_tikmix.errors import InputError
 from megatron_tikmix.monitoring import figures
+from megatron_tikmix.monitoring.answers import why
 from megatron_tikmix.monitoring.files import RunFiles
 from megatron_tikmix.monitoring.history import RunHistory
 from megatron_tikmix.monitoring.report import write_report

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from megatron_tikmix.decision.ledger import Ledger, Measured, StageRow
 from megatron_tikmix.json_lines import append_jsonl, read_jsonl
 from megatron_tikmix.monitoring.tensorboard import TensorBoardWriter
 from megatron_tikmix.training import record
@@ -60,8 +61,9 @@ def test_a_full_disk_costs_events_only(
     full = range(7, 11)  # of these iterations, a boundary among them
 
     def limited(write: Any) -> Any:
-        def limited_write(owner: Any, row: dict[str, Any], *arguments: Any) -> Any:
-            iteration = row.get("iteration", row.get("start_iteration"))
+        def limited_write(owner: Any, row: Any, *arguments: Any) -> Any:
+            plain = row.to_json() if isinstance(row, StageRow) else row
+            iteration = plain.get("iteration", plain.get("start_iteration"))
             with no_file_beyond(10 if iteration in full else resource.RLIM_INFINITY):
                 written = write(owner, row, *arguments)
                 if isinstance(owner, TensorBoardWriter):
@@ -89,3 +91,29 @@ def test_a_full_disk_costs_events_only(
     steps = [event.step for event in events.Scalars("lm loss")]
     last = read_jsonl(whole / "metrics.jsonl")[-1]["iteration"]
     assert steps == [step for step in range(1, last + 1) if step not in full]
+
+
+def test_a_bank_that_has_no_room_stays_in_its_row(
+    settings: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    whole = trained(settings, tmp_path / "whole")
+    write = record.filed
+
+    def limited_write(row: StageRow, run_dir: Path) -> StageRow:
+        with no_file_beyond(100 if row.stage == 1 else resource.RLIM_INFINITY):
+            return write(row, run_dir)
+
+    monkeypatch.setattr(record, "filed", limited_write)
+    found = trained(settings, tmp_path / "found")
+    (message,) = [text for text in caplog.messages if "THE BANK OF STAGE" in text]
+    assert "stays" not in message
+    assert "is kept in the row of mixture.jsonl" in message
+    rows = [Ledger.read(folder) for folder in (whole, found)]
+    assert isinstance(rows[1][1].measured, Measured)
+    for one, other in zip(*rows, strict=True):
+        measured = [row.read_measured() for row in (one, other)]
+        assert [m and m.to_json() for m in measured][0] == [m and m.to_json() for m in measured][1]
+    assert not list((found / "banks").glob("*.unfinished"))
