@@ -114,6 +114,6 @@ def test_a_bank_that_has_no_room_stays_in_its_row(
     rows = [Ledger.read(folder) for folder in (whole, found)]
     assert isinstance(rows[1][1].measured, Measured)
     for one, other in zip(*rows, strict=True):
-        measured = [row.read_measured() for row in (one, other)]
-        assert [m and m.to_json() for m in measured][0] == [m and m.to_json() for m in measured][1]
+        first, second = one.read_measured(), other.read_measured()
+        assert (first and first.to_json()) == (second and second.to_json())
     assert not list((found / "banks").glob("*.unfinished"))
