@@ -17,6 +17,10 @@ if TYPE_CHECKING:  # the same names, for mypy and editors; tests/unit/test_api.p
     from megatron_tikmix.data.dataset import DataParallelLoader as DataParallelLoader
     from megatron_tikmix.decision.decide import Boundary as Boundary
     from megatron_tikmix.decision.decide import Decision as Decision
+    from megatron_tikmix.decision.decide import decide_again as decide_again
+    from megatron_tikmix.decision.explain import explain as explain
+    from megatron_tikmix.decision.ledger import Ledger as Ledger
+    from megatron_tikmix.decision.ledger import StageRow as StageRow
     from megatron_tikmix.hosts.megatron_core import build_remixer as build_remixer
     from megatron_tikmix.hosts.megatron_core import open_data as open_data
     from megatron_tikmix.influence.bank import SubBatchBank as SubBatchBank
@@ -29,6 +33,7 @@ if TYPE_CHECKING:  # the same names, for mypy and editors; tests/unit/test_api.p
     from megatron_tikmix.solve.constraints import DomainGroup as DomainGroup
     from megatron_tikmix.solve.constraints import MixtureConstraints as MixtureConstraints
     from megatron_tikmix.solve.constraints import epoch_caps as epoch_caps
+    from megatron_tikmix.solve.objective import Goal as Goal
     from megatron_tikmix.solve.objective import Objective as Objective
     from megatron_tikmix.solve.solution import MixtureSolution as MixtureSolution
     from megatron_tikmix.solve.tikmix_d import solve_tikmix_d as solve_tikmix_d
@@ -51,8 +56,10 @@ _MODULES = {
     "DataParallelLoader": "data.dataset",
     "Decision": "decision.decide",
     "DomainGroup": "solve.constraints",
+    "Goal": "solve.objective",
     "HostedConfig": "config",
     "InfluenceMatrix": "influence.matrix",
+    "Ledger": "decision.ledger",
     "Mixture": "mixture.mixture",
     "MixtureConstraints": "solve.constraints",
     "MixtureSchedule": "mixture.schedule",
@@ -60,10 +67,13 @@ _MODULES = {
     "Objective": "solve.objective",
     "Parallel": "megatron.groups",
     "Remixer": "measure.remixer",
+    "StageRow": "decision.ledger",
     "SubBatchBank": "influence.bank",
     "TrainingData": "data.builder",
     "build_remixer": "hosts.megatron_core",
+    "decide_again": "decision.decide",
     "epoch_caps": "solve.constraints",
+    "explain": "decision.explain",
     "open_data": "hosts.megatron_core",
     "propose_mixture": "mixture.initial",
     "solve_tikmix_d": "solve.tikmix_d",

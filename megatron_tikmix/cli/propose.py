@@ -108,16 +108,7 @@ class Proposal:
     @property
     def row(self) -> StageRow:
         """The row of the ledger that a boundary here would have written."""
-        mixture = self.decision.mixture
-        return StageRow(
-            stage=self.at.stage,
-            start_iteration=self.at.iteration,
-            start_sample=sum(self.at.consumed.values()),
-            weights=mixture.to_json(),
-            domain_samples=dict(self.at.consumed),
-            total_variation=mixture.total_variation(self.at.prior),
-            **self.decision.fields_of_row(),
-        )
+        return self.decision.row(self.at)
 
     def to_json(self) -> dict[str, Any]:
         """:attr:`row`, the mixture before (`weights_before`), and `data_path`."""

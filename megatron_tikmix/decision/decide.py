@@ -149,6 +149,32 @@ class Decision:
             failure = f"followed all the same, as the mixture in force is not allowed: {objection}"
         return replace(decision, reason=f"{self.reason}; {failure}") if failure else decision
 
+    def row(
+        self,
+        at: Boundary,
+        *,
+        task_loss: Mapping[str, float] | None = None,
+        domain_epochs: Mapping[str, float] | None = None,
+    ) -> StageRow:
+        """Return the row of the stage that begins with this decision.
+
+        Args:
+            at: the boundary that was decided.
+            task_loss: loss of each task there, if the loop evaluates them.
+            domain_epochs: passes over each domain so far, if they are known.
+        """
+        return StageRow(
+            stage=at.stage,
+            start_iteration=at.iteration,
+            start_sample=sum(at.consumed.values()),
+            weights=self.mixture.to_json(),
+            task_loss=task_loss or {},
+            domain_samples=dict(at.consumed),
+            domain_epochs=domain_epochs or {},
+            total_variation=self.mixture.total_variation(at.prior),
+            **self.fields_of_row(),
+        )
+
     def fields_of_row(self) -> dict[str, Any]:
         """Return what a :class:`StageRow` keeps of it, besides the mixture."""
         names = (

@@ -237,6 +237,19 @@ class StageRow:
     rollout: RolloutCost | None = None
     audit: Audit | None = None
 
+    @classmethod
+    def first(cls, mixture: Mixture, reason: str = "the initial mixture") -> "StageRow":
+        """Return the row of a run's first stage, which nothing was measured for."""
+        return cls(
+            stage=0,
+            start_iteration=0,
+            start_sample=0,
+            weights=mixture.to_json(),
+            domain_samples=dict.fromkeys(mixture, 0),
+            source="initial",
+            reason=reason,
+        )
+
     @property
     def mixture(self) -> Mixture:
         """The mixture of the stage."""
@@ -394,6 +407,7 @@ class Ledger(Sequence[StageRow]):
             OSError: it cannot be written; the ledger is then as it was.
         """
         if self._run_dir is not None:
+            self._run_dir.mkdir(parents=True, exist_ok=True)
             row = filed(row, self._run_dir)
             append_jsonl(self._run_dir / LEDGER, row.to_json())
         self._rows.append(row)

@@ -12,6 +12,7 @@ from megatron_tikmix.config import DataConfig, ProbeConfig, RemixConfig, TaskCon
 from megatron_tikmix.config.sections import HostedConfig
 from megatron_tikmix.data.dataset import BlendedDataset, DataParallelLoader
 from megatron_tikmix.decision.decide import Boundary
+from megatron_tikmix.decision.ledger import Ledger, StageRow
 from megatron_tikmix.hosts.megatron_core import build_remixer, open_data
 from megatron_tikmix.megatron.groups import Parallel
 
@@ -92,10 +93,14 @@ def main(settings, out):
         ),
         remix=RemixConfig(interval_samples=INTERVAL, influence="marginal"),
         probe=ProbeConfig(sub_batch_samples=4, task_samples=12, max_overhead=None),
+        run_dir=settings["run_dir"],
     )
     data = open_data(hosted, parallel)
     remixer = build_remixer(hosted, data, model, optimizer, scheduler, forward_step, parallel)
-    schedule, ledger, losses = data.initial_schedule(), [], []
+    schedule, losses = data.initial_schedule(), []
+    # Written by one rank; the others count stages by theirs.
+    ledger = Ledger(run_dir=hosted.run_dir if parallel.is_main else None)
+    ledger.append(StageRow.first(schedule.mixture(0)))
     dp_rank, dp_size = (
         parallel_state.get_data_parallel_rank(),
         parallel_state.get_data_parallel_world_size(),
@@ -113,7 +118,7 @@ def main(settings, out):
                 )  # fmt: skip
                 decision = remixer.remix(at)
                 schedule.append(consumed, decision.mixture)
-                ledger.append(decision.to_json() | {"weights": decision.mixture.to_json()})
+                ledger.append(decision.row(at))
             batches = loader.interval(consumed, INTERVAL)
         model[0].zero_grad_buffer()
         optimizer.zero_grad()
@@ -127,8 +132,6 @@ def main(settings, out):
         losses.append(sum(row["lm loss"] for row in reduced).tolist() if reduced else None)
     if dist.get_rank() == dist.get_world_size() - 1:
         Path(f"{out}.losses").write_text(json.dumps(losses))
-    if parallel.is_main:
-        Path(out).write_text(json.dumps(ledger))
     dist.destroy_process_group()
 
 

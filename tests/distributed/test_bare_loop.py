@@ -9,7 +9,10 @@ import pytest
 import torch
 import yaml
 
+from megatron_tikmix.cli.main import main as cli
 from megatron_tikmix.config import load_config
+from megatron_tikmix.decision.decide import decide_again
+from megatron_tikmix.decision.ledger import Ledger
 from megatron_tikmix.influence.bank import SubBatchBank
 from megatron_tikmix.megatron.groups import initialize, shut_down
 from megatron_tikmix.megatron.model import build_model
@@ -94,12 +97,14 @@ def test_a_bare_loop_decides_what_ours_does(
     given = {
         "transformer": {k: v for k, v in settings["model"].items() if k not in OURS},
         "manifest": settings["data"]["manifest"],
+        "run_dir": str(tmp_path / "hosted"),
         "optimizer": {"min_lr": 0.0, **settings["optimizer"]},
         "parameters": str(tmp_path / "parameters"),
         **LOOPS[loop],
     }
     run_on_ranks(bare_loop.main, 2, given, str(tmp_path / "out"))
-    theirs = json.loads((tmp_path / "out").read_text())
+    initial, *theirs = read_rows(tmp_path / "hosted", "mixture.jsonl")
+    assert initial["source"] == "initial"
     expected = [row for row in read_rows(ours, "mixture.jsonl") if row["bank"]]
     assert len(theirs) == len(expected) == 2
     for row, reference in zip(theirs, expected, strict=True):
@@ -112,6 +117,12 @@ def test_a_bare_loop_decides_what_ours_does(
         assert row["weights"] == pytest.approx(reference["weights"], abs=1e-3)
         assert row["source"] == reference["source"]
     assert theirs[-1]["weights"] != pytest.approx({"low": 1 / 3, "high": 1 / 3, "junk": 1 / 3})
+    # Its ledger is one that the report and the inspection read, and that decides again.
+    for answer in (["summary"], ["mixture"], ["influence"], ["why", "low"]):
+        assert cli(["inspect", answer[0], given["run_dir"], *answer[1:]]) == 0
+    assert cli(["report", given["run_dir"]]) == 0
+    ledger = Ledger.read(given["run_dir"])
+    assert decide_again(ledger, 1).mixture == ledger[1].mixture
     if LOOPS[loop]["pipeline_model_parallel_size"] > 1:  # of the whole batch, on the last stage
         sums = json.loads((tmp_path / "out.losses").read_text())
         losses = [loss / tokens for loss, tokens in sums]
