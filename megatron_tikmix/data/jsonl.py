@@ -43,7 +43,7 @@ class Line:
     content: bytes
 
     def __str__(self) -> str:
-        """Its place in the file, for messages: counted only when it is asked for."""
+        """Return the line's place in the file, for messages; counted here, since it is slow."""
         before = 0
         if self.first:
             with self.path.open("rb") as file:
@@ -172,7 +172,7 @@ def text_of(content: dict[str, Any], field: str, where: object, option: str) -> 
 
 
 def _damage(path: Path) -> tuple[type[Exception], ...]:
-    """What reading damaged compressed data raises."""
+    """Return the exceptions that reading damaged compressed data raises."""
     known: tuple[type[Exception], ...] = (EOFError, zlib.error, gzip.BadGzipFile, lzma.LZMAError)
     # Those of the standard library and of pyarrow are bare OSErrors.
     return (*known, OSError) if path.suffix in (".bz2", ".zst") else known

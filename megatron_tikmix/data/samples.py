@@ -31,7 +31,7 @@ class DocumentBoundaries:
     eod_mask_loss: bool = False
 
     def applied(self, batch: Sample) -> Sample:
-        """The micro-batch with its masks and positions changed.
+        """Return the micro-batch with its masks and positions changed.
 
         ``attention_mask`` is bool (micro_batch_size, 1, sequence_length, sequence_length), true
         where attention is cut off.

@@ -1,4 +1,7 @@
-"""Prompt/completion items as samples whose loss counts on the completion only."""
+"""Validation tasks: held-out tokens, or prompts of which the completions are measured.
+
+Each is cut into items that decide and items that report.
+"""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -204,9 +207,6 @@ class CompletionStream:
         return loss * tokens / (math.log(2) * sum(item.bytes for item in measured))
 
 
-# Validation tasks: held-out tokens or prompts, cut into items that decide and that report.
-
-
 class SampleStream(Protocol):
     """An endless stream of samples, the same `samples_per_epoch` of them again and again."""
 
@@ -234,7 +234,7 @@ class Task:
     note: str = ""
 
     def bits_per_byte(self, loss: float, task_samples: int) -> float | None:
-        """Of the first `task_samples` items that report; None where their bytes are not known.
+        """Bits per byte of the first `task_samples` items that report, or None if unknown.
 
         Args:
             loss: their mean loss per unmasked token, in nats.

@@ -300,14 +300,11 @@ def _second_moment(shard: _Shard) -> torch.Tensor:
     return moment
 
 
-# Names of parameters that are the same on every layout.
-
-
 _LAYER = re.compile(r"(?P<layers>.*\blayers)\.(?P<index>\d+)$")
 
 
 def global_names(model: list[DistributedDataParallel]) -> dict[torch.nn.Parameter, str]:
-    """Each parameter of this rank's chunks with its name in the whole model.
+    """Return each parameter of this rank's chunks with its name in the whole model, on any layout.
 
     As GPTModel names it, without the wrappers' ``module.``, and with layers counted over all
     pipeline stages from 0: ``decoder.layers.11.mlp.linear_fc1.weight``.
