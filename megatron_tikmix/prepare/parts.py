@@ -12,8 +12,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from megatron_tikmix.data.jsonl import BadDocument
 from megatron_tikmix.data.tokenizer import TokenizerFiles
+from megatron_tikmix.jsonl import BadDocument
 from megatron_tikmix.prepare.readers import Document, Part, Reading, documents
 
 BATCH_CHARACTERS = 1 << 18  # what a thread encodes at a time; 100 bytes of memory a token

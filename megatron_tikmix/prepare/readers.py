@@ -1,7 +1,7 @@
 """Documents from files of every kind, in parts that can be read apart.
 
 The kinds are those that Hugging Face `datasets` reads from disk. The standard library reads lines,
-since it knows where in the file a bad one is; pyarrow reads columns, and `datasets` its own folders.
+since it knows where in the file a bad one is; pyarrow reads columns, `datasets` its own folders.
 """
 
 from collections.abc import Iterable, Iterator
@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from megatron_tikmix.data.jsonl import COMPRESSED, BadDocument, parse_object, read_lines, text_of
 from megatron_tikmix.errors import InputError
+from megatron_tikmix.jsonl import COMPRESSED, BadDocument, parse_object, read_lines, text_of
 
 Kind = Literal["json", "text", "parquet", "arrow"]
 SampleBy = Literal["line", "paragraph", "document"]

@@ -138,6 +138,28 @@ def parse_object(line: Line, example: str) -> dict[str, Any]:
     return content
 
 
+def read_objects(path: Path, example: str, *, torn_tail: bool = False) -> list[dict[str, Any]]:
+    """Return the JSON objects of a file, one a line.
+
+    Args:
+        example: what a good line looks like.
+        torn_tail: drop a last line without a line end that is no object, as a kill leaves it.
+
+    Raises:
+        BadDocument: names the file, the line and what is wrong there.
+        InputError: the file cannot be read.
+    """
+    objects = []
+    for line in read_lines(path):
+        try:
+            objects.append(parse_object(line, example))
+        except BadDocument:
+            if torn_tail and not line.content.endswith(b"\n"):
+                break
+            raise
+    return objects
+
+
 def text_of(content: dict[str, Any], field: str, where: object, option: str) -> str:
     """The text in a field of a document.
 
