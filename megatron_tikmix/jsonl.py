@@ -18,10 +18,10 @@ COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 
 
 class BadDocument(InputError):
-    """One document is not what it must be.
+    """A document that is malformed or lacks its text.
 
     Attributes:
-        reason: in two or three words, for counting.
+        reason: the kind of fault in two or three words, for counting.
     """
 
     def __init__(self, reason: str, sentence: str) -> None:

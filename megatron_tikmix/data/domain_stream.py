@@ -218,7 +218,7 @@ class DomainStream:
         return _OPEN_INDICES.get(path, lambda: self._build(epoch, path))
 
     def _index_path(self, epoch: int) -> Path | None:
-        """Where the index of an epoch lies; None for those that are kept in memory."""
+        """Return the path of an epoch's index; None if it is kept in memory."""
         if self._index_folder is None:
             return None
         index = self._split.idx_path.stat()

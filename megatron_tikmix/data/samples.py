@@ -18,7 +18,7 @@ def stack(samples: Sequence[Sample]) -> Sample:
 
 @dataclass(frozen=True)
 class DocumentBoundaries:
-    """What the end-of-document tokens inside a sample do; by default nothing.
+    """The effect of the end-of-document tokens inside a sample; none by default.
 
     The three switches are those of megatron-core's GPTDatasetConfig, and do what they do there.
     They are applied to a micro-batch on its device: a dataset would have to hand masks of

@@ -222,7 +222,7 @@ _Entries = dict[str, tuple[Any, Any]]
 
 
 def _saved_entries(values: dict[str, Any], but: str | None = None) -> _Entries:
-    """Each entry itself, and a copy of what it holds."""
+    """Return each entry with a copy of what it holds."""
     return {key: (value, copy.deepcopy(value)) for key, value in values.items() if key != but}
 
 

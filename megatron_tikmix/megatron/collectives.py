@@ -130,7 +130,7 @@ def left_alone(error: RuntimeError, place: str, parallel: Parallel) -> TrainingE
 
 
 class MeetingPoint:
-    """Where a rank finds out whether it is alone with an error. Making one is collective.
+    """Lets a rank find out whether it is alone with an error. Making one is collective.
 
     A group of its own: the collectives of the others wait for `timeout_minutes`, and a rank
     cannot even exit while one of its collectives waits.

@@ -48,7 +48,7 @@ _TORCH_ADAM = (torch.optim.Adam, torch.optim.AdamW)
 
 
 def settle_pipeline(config: ModelParallelConfig) -> None:
-    """Have pipeline stages exchange what they mean to; before `config.__post_init__`.
+    """Make pipeline stages exchange the right tensors; call it before `config.__post_init__`.
 
     With `overlap_p2p_comm` an output is freed before its send is waited for. Interleaved without
     overlap, two stages mix up their messages: losses are wrong, and nothing says so. Overlapping
