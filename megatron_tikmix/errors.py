@@ -1,4 +1,4 @@
-"""Exceptions that are told in one sentence, without a traceback."""
+"""Exceptions that are printed as one sentence, without a traceback."""
 
 
 class InputError(ValueError):
@@ -17,3 +17,9 @@ class TrainingError(RuntimeError):
 
 class RolloutError(TrainingError):
     """A rollout failed: raised on every rank alike, with training's state put back."""
+
+
+def require(condition: bool, name: str, problem: str) -> None:
+    """Raise :class:`InputError` naming the field unless `condition` holds."""
+    if not condition:
+        raise InputError(f"{name} {problem}")

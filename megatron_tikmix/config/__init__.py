@@ -7,7 +7,6 @@ is what ``--help`` shows.
 
 from megatron_tikmix.config.command_line import build_parser, launched_world, load_config
 from megatron_tikmix.config.model import GPTConfig
-from megatron_tikmix.config.probe import ParametersConfig, ProbeConfig
 from megatron_tikmix.config.remix import AuditConfig, ConstraintsConfig, RemixConfig, RolloutConfig
 from megatron_tikmix.config.run import RunConfig
 from megatron_tikmix.config.sections import (
@@ -16,6 +15,8 @@ from megatron_tikmix.config.sections import (
     EvaluateConfig,
     HostedConfig,
     MixtureSections,
+    ParametersConfig,
+    ProbeConfig,
     SchedulerConfig,
     TaskConfig,
     TrainConfig,

@@ -1,4 +1,7 @@
-"""What cannot run is refused here, field by field, before anything is built."""
+"""Refuses what cannot run, field by field, before anything is built.
+
+Apart from `run.py`, since a host calls :func:`check_boundaries` for sections that are no RunConfig.
+"""
 
 import math
 from collections.abc import Callable
@@ -6,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from megatron_tikmix.config.requirement import require
+from megatron_tikmix.errors import require
 
 if TYPE_CHECKING:
     from megatron_tikmix.config.run import RunConfig
@@ -79,7 +82,7 @@ UNSUPPORTED: dict[str, tuple[Callable[["RunConfig"], bool], str]] = {
 
 
 def check_supported(config: "RunConfig") -> None:
-    """What megatron-core has and we cannot use yet."""
+    """Refuse what megatron-core has and we cannot use yet."""
     for name, (used, reason) in UNSUPPORTED.items():
         require(not used(config), name, f"is not supported yet: {reason}; leave it at its default")
     model = config.model
@@ -96,7 +99,7 @@ def check_supported(config: "RunConfig") -> None:
 
 
 def check_layout(config: "RunConfig", world_size: int) -> None:
-    """Sizes that the ranks, the pipeline or the micro-batches must divide."""
+    """Check the sizes that ranks, pipeline or micro-batches must divide."""
     model, train = config.model, config.train
     tp, pp = model.tensor_model_parallel_size, model.pipeline_model_parallel_size
     require(
@@ -165,7 +168,7 @@ def check_layout(config: "RunConfig", world_size: int) -> None:
 
 
 def check_schedule(config: "RunConfig") -> None:
-    """The optimizer and its learning rate over the run."""
+    """Check the optimizer and its learning rate over the run."""
     lr, min_lr = config.optimizer.lr, config.optimizer.min_lr
     require(lr is not None and lr > 0, "optimizer.lr", "must be given, and positive")
     require(0 <= min_lr <= lr, "optimizer.min_lr", f"({min_lr}) must be from 0 to lr {lr}")
@@ -191,7 +194,7 @@ def check_schedule(config: "RunConfig") -> None:
 
 
 def check_boundaries(config: "MixtureSections", adam_beta2: float) -> None:
-    """Where intervals end.
+    """Check where intervals end.
 
     Args:
         adam_beta2: of the optimizer, whose second moment must have settled by then.

@@ -138,9 +138,6 @@ def _in_one_sentence(message: str, parser: ArgumentParser, file: str) -> str:
     return f"unknown configuration field {name}; {hint}"
 
 
-# The place of this process in the job that launched it.
-
-
 def launched_world() -> tuple[int, int, int]:
     """(rank, local rank, world size), from the variables torchrun sets; 0, 0, 1 without it."""
     read = os.environ.get

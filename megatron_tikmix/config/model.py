@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_tikmix.config.requirement import require
+from megatron_tikmix.errors import require
 from megatron_tikmix.megatron.faults import settle_pipeline
 
 

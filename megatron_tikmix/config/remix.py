@@ -4,8 +4,7 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from megatron_tikmix.config.requirement import require
-from megatron_tikmix.errors import InputError
+from megatron_tikmix.errors import InputError, require
 from megatron_tikmix.solve.constraints import MixtureConstraints
 from megatron_tikmix.solve.objective import Preset
 

@@ -12,18 +12,18 @@ from megatron_tikmix.config.checks import (
     check_supported,
 )
 from megatron_tikmix.config.model import GPTConfig
-from megatron_tikmix.config.probe import ProbeConfig
 from megatron_tikmix.config.remix import AuditConfig, RemixConfig, RolloutConfig
-from megatron_tikmix.config.requirement import require
 from megatron_tikmix.config.sections import (
     CheckpointConfig,
     DataConfig,
     EvaluateConfig,
     MixtureSections,
+    ProbeConfig,
     SchedulerConfig,
     TaskConfig,
     TrainConfig,
 )
+from megatron_tikmix.errors import require
 
 
 @dataclass(kw_only=True)

@@ -121,7 +121,7 @@ class TrainingData:
         return schedule
 
     def _read_schedule(self, config: MixtureSections) -> tuple[MixtureSchedule | None, str]:
-        """The schedule to follow, if there is one; and in words, what of a run it repeats."""
+        """Return the schedule to follow, if any, and a description of what it repeats of a run."""
         if config.remix.schedule is None:
             return None, ""
         try:
@@ -129,13 +129,13 @@ class TrainingData:
             planned = file.schedule(*self._order)
         except InputError as error:
             raise InputError(f"remix.schedule: {error}") from error
-        mine = {
+        settings = {
             "seed": config.seed,
             "data.sequence_length": config.data.sequence_length,
             "train.global_batch_size": config.train.global_batch_size,
             "train.rampup_batch_size": config.train.rampup_batch_size,
         }
-        different = file.differences(mine, self.names)
+        different = file.differences(settings, self.names)
         if file.config is None:
             return planned, f"the stages of {file.path}"
         if different:

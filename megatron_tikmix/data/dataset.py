@@ -1,4 +1,7 @@
-"""Global sample index -> (domain, k) -> sample, through the mixture schedule."""
+"""Training batches: global sample index -> (domain, k) -> sample, through the mixture schedule.
+
+The batches of a data-parallel rank follow from `consumed_samples` alone.
+"""
 
 import multiprocessing
 import os
@@ -52,7 +55,7 @@ class BlendedDataset(Dataset[Sample]):
         return samples
 
     def prepare(self, start: int, samples: int) -> None:
-        """Have ready, before workers start, what the `samples` samples from `start` on need.
+        """Prepare, before workers start, what the `samples` samples from `start` on need.
 
         Collective if it was made with `parallel`.
         """
@@ -80,9 +83,6 @@ class BlendedDataset(Dataset[Sample]):
 
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_parallel": None}  # a worker makes no collective
-
-
-# Batches of one data-parallel rank, driven by consumed_samples alone.
 
 
 class MicroBatchSampler(Sampler[list[int]]):
@@ -160,7 +160,7 @@ class DataParallelLoader:
 
 
 def _heed_only_the_parent(worker: int) -> None:
-    """SIGTERM ends this worker if its rank sent it, and nothing else does.
+    """Let SIGTERM end this worker only if its own rank sent it.
 
     Schedulers send it to every process of a job; the rank then finishes its step, and needs its
     workers for that. It ends them itself, by the same signal where it has failed.
@@ -178,7 +178,7 @@ def _heed_only_the_parent(worker: int) -> None:
 
 
 def _told_in_one_sentence(batches: Iterator[Sample]) -> Iterator[Sample]:
-    """Batches of worker processes; of what they cannot read, torch would tell the traceback."""
+    """Yield the batches of worker processes; raise their InputError without torch's traceback."""
     try:
         yield from batches
     except InputError as error:

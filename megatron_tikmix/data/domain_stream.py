@@ -31,7 +31,7 @@ SMALL_INDEX_BYTES = 2**18
 
 
 class _EndOfDocument:
-    """What GPTDataset asks of a tokenizer: the samples are tokens already."""
+    """The part of a tokenizer that GPTDataset needs for samples that are tokens already."""
 
     def __init__(self, eod: int, vocab_size: int) -> None:
         self.eod = eod
@@ -169,7 +169,7 @@ class DomainStream:
         return range(first_k // n, -(-end_k // n) if end_k > first_k else first_k // n)
 
     def write_indices(self, epochs: Iterable[int]) -> None:
-        """Put the indices of these epochs on disk where they belong there. On one rank only.
+        """Write to disk the indices of these epochs that belong there. Call it on one rank only.
 
         What cannot be written is not: each rank then builds its own, in memory.
         """
@@ -192,7 +192,7 @@ class DomainStream:
                 shutil.rmtree(unfinished, ignore_errors=True)
 
     def prepare(self, epochs: Iterable[int]) -> None:
-        """Have the indices of these epochs ready, and of no others; none: all stay."""
+        """Load the indices of these epochs and drop all others; without epochs, keep all."""
         epochs = list(epochs)
         if not epochs:
             return
@@ -218,7 +218,7 @@ class DomainStream:
         return _OPEN_INDICES.get(path, lambda: self._build(epoch, path))
 
     def _index_path(self, epoch: int) -> Path | None:
-        """Where the index of an epoch lies; None for those that are kept in memory."""
+        """Return the path of an epoch's index; None if it is kept in memory."""
         if self._index_folder is None:
             return None
         index = self._split.idx_path.stat()
@@ -238,7 +238,7 @@ class DomainStream:
         return self._index_folder / f"{self.name}-epoch{epoch}-{key}"
 
     def _build(self, epoch: int, folder: Path | None = None) -> _Epoch:
-        """The epoch's samples; the index comes from `folder` if it is there, or is put there."""
+        """Build the epoch's samples, with the index read from `folder`, or written there."""
         config = GPTDatasetConfig(
             random_seed=derived_seed(self.seed, self.name, epoch),
             sequence_length=self.sequence_length,

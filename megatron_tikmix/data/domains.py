@@ -136,7 +136,7 @@ class DomainManifest:
         }
 
     def _relative(self, path: Path) -> str:
-        """`path` as seen from the manifest's folder; as it is when it lies elsewhere."""
+        """Return `path` relative to the manifest's folder, or unchanged if it lies elsewhere."""
         folder = self.path.parent.absolute()
         absolute = path.absolute()
         return str(absolute.relative_to(folder) if absolute.is_relative_to(folder) else absolute)
@@ -203,7 +203,7 @@ class DomainManifest:
 
 
 def check_name(name: object, what: str, pattern: str = r"[A-Za-z0-9_.-]+") -> str:
-    """`name`, which becomes part of file names, TensorBoard tags and HTML, if it is fit for that.
+    """Return `name` if it is fit for file names, TensorBoard tags and HTML.
 
     Raises:
         InputError: it is not; `what` says whose name it is.
@@ -256,7 +256,7 @@ def _split(path: Path, where: str, name: str, content: object) -> DomainSplit:
 def _take(
     where: str, content: object, kinds: Mapping[str, type], optional: Iterable[str] = ()
 ) -> dict[str, Any]:
-    """The fields of one mapping: none missing, none unknown, each of its kind."""
+    """Return the fields of a mapping; refuse missing, unknown and mistyped ones."""
     words = {str: "text", int: "a whole number, 0 or more", dict: "a mapping"}
     expected = ", ".join(kinds)
     if not isinstance(content, dict):

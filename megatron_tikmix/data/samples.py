@@ -18,7 +18,7 @@ def stack(samples: Sequence[Sample]) -> Sample:
 
 @dataclass(frozen=True)
 class DocumentBoundaries:
-    """What the end-of-document tokens inside a sample do; by default nothing.
+    """The effect of the end-of-document tokens inside a sample; none by default.
 
     The three switches are those of megatron-core's GPTDatasetConfig, and do what they do there.
     They are applied to a micro-batch on its device: a dataset would have to hand masks of
@@ -31,7 +31,7 @@ class DocumentBoundaries:
     eod_mask_loss: bool = False
 
     def applied(self, batch: Sample) -> Sample:
-        """The micro-batch with its masks and positions changed.
+        """Return the micro-batch with its masks and positions changed.
 
         ``attention_mask`` is bool (micro_batch_size, 1, sequence_length, sequence_length), true
         where attention is cut off.

@@ -1,4 +1,7 @@
-"""Prompt/completion items as samples whose loss counts on the completion only."""
+"""Validation tasks: held-out tokens, or prompts of which the completions are measured.
+
+Each is cut into items that decide and items that report.
+"""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -14,11 +17,11 @@ from numpy.typing import NDArray
 from megatron_tikmix.config import TaskConfig
 from megatron_tikmix.data.domain_stream import DomainStream
 from megatron_tikmix.data.domains import DomainManifest, DomainSplit
-from megatron_tikmix.data.jsonl import Line, parse_object, read_lines, text_of
 from megatron_tikmix.data.samples import Sample, stack
 from megatron_tikmix.data.token_files import TokenFiles
 from megatron_tikmix.data.tokenizer import TextTokenizer
 from megatron_tikmix.errors import InputError
+from megatron_tikmix.jsonl import Line, parse_object, read_lines, text_of
 from megatron_tikmix.seeds import derived_seed
 
 _AT_ONCE = 1024  # items that are tokenised together
@@ -204,9 +207,6 @@ class CompletionStream:
         return loss * tokens / (math.log(2) * sum(item.bytes for item in measured))
 
 
-# Validation tasks: held-out tokens or prompts, cut into items that decide and that report.
-
-
 class SampleStream(Protocol):
     """An endless stream of samples, the same `samples_per_epoch` of them again and again."""
 
@@ -234,7 +234,7 @@ class Task:
     note: str = ""
 
     def bits_per_byte(self, loss: float, task_samples: int) -> float | None:
-        """Of the first `task_samples` items that report; None where their bytes are not known.
+        """Bits per byte of the first `task_samples` items that report, or None if unknown.
 
         Args:
             loss: their mean loss per unmasked token, in nats.

@@ -33,7 +33,7 @@ _BLOCKS, _BLOCK_BYTES = 8, 4096  # of a fingerprint
 
 @dataclass(frozen=True)
 class TokenFiles:
-    """What the ``.idx`` of a pair says of it."""
+    """The size and token type of a pair, as its ``.idx`` gives them."""
 
     prefix: Path
     documents: int
@@ -144,14 +144,14 @@ Opened = TypeVar("Opened")
 
 
 class RecentlyUsed(Generic[Opened]):
-    """The `limit` objects that were asked for last; the others are let go, and so closed."""
+    """A cache of the `limit` most recently used objects; dropping an object closes it."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self._objects: OrderedDict[Hashable, Opened] = OrderedDict()
 
     def get(self, key: Hashable, make: Callable[[], Opened]) -> Opened:
-        """The object of this key, made if it is not among them."""
+        """Return the object of this key; make it if the cache does not hold it."""
         if key in self._objects:
             self._objects.move_to_end(key)
             return self._objects[key]

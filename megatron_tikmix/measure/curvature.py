@@ -1,7 +1,7 @@
 """Inverse curvature H⁻¹, applied to a gradient. A new one is a new class with this interface.
 
-None of these talks to other ranks: what has to be summed over ranks comes in as an argument
-(see :mod:`megatron_tikmix.measure.curvature`, which makes them).
+The classes do not talk to other ranks: what has to be summed over ranks comes in as an argument,
+from :func:`fit_curvature`, which makes them.
 """
 
 from collections.abc import Callable, Iterator
@@ -65,9 +65,6 @@ class DampedDiagonal:
         return gradient_P.mul_(self._scale_P)
 
 
-# Makes the curvature that a probe asks for, out of what the optimizer or the probe has.
-
-
 def fit_curvature(
     config: ProbeConfig,
     shards: OptimizerShards,
@@ -111,5 +108,5 @@ def _mean_square(
 
 
 def _somewhere(condition: bool, parallel: Parallel) -> bool:
-    """Whether it holds on any rank. Collective."""
+    """Return whether `condition` holds on any rank. Collective."""
     return sum_over_ranks(torch.tensor(float(condition)), parallel).item() > 0

@@ -1,4 +1,4 @@
-"""Inner products of gradients, shard by shard."""
+"""Inner products of gradients, shard by shard, and the validation gradients that a probe keeps."""
 
 from collections.abc import Iterable, Iterator
 
@@ -13,7 +13,7 @@ from megatron_tikmix.megatron.groups import Parallel
 # launches on an accelerator, and small for the cache of a CPU.
 _BLOCK = {"cpu": 1 << 20}
 _BLOCK_ELSEWHERE = 1 << 24
-# And of a small model no more than a part of the gradient, so that it takes no memory to speak of.
+# For a small model, no more than a part of the gradient, so that it takes no memory to speak of.
 _PARTS, _LEAST = 16, 4096
 
 
@@ -60,9 +60,6 @@ def _chunks(pieces: Iterable[torch.Tensor], size: int) -> Iterator[torch.Tensor]
         yield torch.cat(held)
 
 
-# The validation gradients that a probe keeps, whole or in slices over data-parallel ranks.
-
-
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -95,7 +92,7 @@ class KeptGradients:
 
     @staticmethod
     def empty(config: ProbeConfig, shards: OptimizerShards, V: int) -> torch.Tensor:
-        """Room for this rank's slices, (V, P)."""
+        """Allocate this rank's slices, (V, P)."""
         dtype = _DTYPES[config.gradient_dtype]
         return torch.empty(V, shards.numel, dtype=dtype, device=shards.device)
 
@@ -104,7 +101,7 @@ class KeptGradients:
         return 1 if self._all_at_once else -(-len(self._tasks_VP) // self._group_size)
 
     def groups(self) -> Iterator[tuple[slice, torch.Tensor]]:
-        """Which tasks, and their rows (v, P). Collective between them: exhaust it on every rank."""
+        """Yield groups of tasks with their rows (v, P). Collective: exhaust it on every rank."""
         if self._all_at_once:
             yield slice(None), self._tasks_VP
             return
@@ -117,7 +114,7 @@ class KeptGradients:
         return self._shards.whole_pieces() if self.whole else self._shards.pieces()
 
     def _gathered(self, rows_VP: torch.Tensor) -> torch.Tensor:
-        """The same rows whole. The gradient buffer is where they are gathered."""
+        """Return the same rows whole, gathered in the gradient buffer."""
         whole_VP = rows_VP.new_empty(len(rows_VP), self._shards.whole_numel)
         for row_P, whole_P in zip(rows_VP, whole_VP, strict=True):
             for buffer in self._shards.scatter(row_P):

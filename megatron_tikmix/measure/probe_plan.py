@@ -1,4 +1,4 @@
-"""What a probe is going to cost, before training, and whether it may."""
+"""Plans a probe before training: its cost, and whether that is within the limits."""
 
 import math
 from dataclasses import dataclass, replace
@@ -60,7 +60,7 @@ class ProbePlan:
 
     @property
     def least_tokens(self) -> int:
-        """With the fewest sub-batches and samples that give an influence matrix with errors."""
+        """Tokens of the smallest probe that gives an influence matrix with errors."""
         samples = self.samples_of_tasks + MIN_SUB_BATCHES * self.least_samples_of_sub_batch
         return samples * self.sequence_length
 
@@ -208,5 +208,5 @@ def _as_configured(trained: Trained, config: MixtureSections, data: TrainingData
 
 
 def _filled(samples: int, step: int) -> int:
-    """Samples passed when `samples` are to be: full micro-batches on every rank that takes part."""
+    """Round `samples` up to what is passed: full micro-batches on every rank that takes part."""
     return math.ceil(samples / step) * step

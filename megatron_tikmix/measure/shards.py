@@ -222,7 +222,7 @@ _Entries = dict[str, tuple[Any, Any]]
 
 
 def _saved_entries(values: dict[str, Any], but: str | None = None) -> _Entries:
-    """Each entry itself, and a copy of what it holds."""
+    """Return each entry with a copy of what it holds."""
     return {key: (value, copy.deepcopy(value)) for key, value in values.items() if key != but}
 
 
@@ -300,14 +300,11 @@ def _second_moment(shard: _Shard) -> torch.Tensor:
     return moment
 
 
-# Names of parameters that are the same on every layout.
-
-
 _LAYER = re.compile(r"(?P<layers>.*\blayers)\.(?P<index>\d+)$")
 
 
 def global_names(model: list[DistributedDataParallel]) -> dict[torch.nn.Parameter, str]:
-    """Each parameter of this rank's chunks with its name in the whole model.
+    """Return each parameter of this rank's chunks with its name in the whole model, on any layout.
 
     As GPTModel names it, without the wrappers' ``module.``, and with layers counted over all
     pipeline stages from 0: ``decoder.layers.11.mlp.linear_fc1.weight``.

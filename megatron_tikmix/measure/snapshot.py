@@ -1,4 +1,4 @@
-"""Training's state as it was: taken before steps that must not count, and put back after them."""
+"""A snapshot of training, taken before steps that must not count and restored after them."""
 
 import torch
 from megatron.core.distributed import DistributedDataParallel

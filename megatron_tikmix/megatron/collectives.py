@@ -36,8 +36,8 @@ def max_over_ranks(value: float, parallel: Parallel) -> float:
 
 def gather_slices(buffer: torch.Tensor, group: dist.ProcessGroup) -> None:
     """Complete `buffer`, flat, of which each rank of the group holds its own equal slice."""
-    mine = buffer.chunk(group.size())[group.rank()]
-    dist.all_gather_into_tensor(buffer, mine, group=group)
+    own_slice = buffer.chunk(group.size())[group.rank()]
+    dist.all_gather_into_tensor(buffer, own_slice, group=group)
 
 
 def broadcast_integers(values: np.ndarray, parallel: Parallel) -> np.ndarray:
@@ -101,9 +101,9 @@ _LEFT_ALONE = ("timed out", "timeout", "connection closed", "connection reset", 
 
 
 def left_alone(error: RuntimeError, place: str, parallel: Parallel) -> TrainingError | None:
-    """What to tell of a collective that failed for want of the other ranks; None: it is not one.
+    """Return the error for a collective that failed because other ranks were missing, or None.
 
-    Every rank that still answers within 10 s is told apart from those that do not.
+    The ranks that still answer within 10 s are distinguished from those that do not.
 
     Args:
         place: what this rank was doing.
@@ -130,7 +130,7 @@ def left_alone(error: RuntimeError, place: str, parallel: Parallel) -> TrainingE
 
 
 class MeetingPoint:
-    """Where a rank finds out whether it is alone with an error. Making one is collective.
+    """Lets a rank find out whether it is alone with an error. Making one is collective.
 
     A group of its own: the collectives of the others wait for `timeout_minutes`, and a rank
     cannot even exit while one of its collectives waits.
@@ -161,9 +161,9 @@ def check_same_on_all_ranks(digest: str, what: str, parallel: Parallel) -> None:
     Raises:
         TrainingError: on every rank, naming the ranks that differ from rank 0.
     """
-    mine = int.from_bytes(hashlib.sha256(digest.encode()).digest()[:8], "big", signed=True)
+    own_digest = int.from_bytes(hashlib.sha256(digest.encode()).digest()[:8], "big", signed=True)
     digests = [torch.zeros(1, dtype=torch.int64) for _ in range(parallel.world_size)]
-    dist.all_gather(digests, torch.tensor([mine]), group=parallel.cpu_group)
+    dist.all_gather(digests, torch.tensor([own_digest]), group=parallel.cpu_group)
     different = [rank for rank, value in enumerate(digests) if value != digests[0]]
     if different:
         ranks = ("rank " if len(different) == 1 else "ranks ") + ", ".join(map(str, different))

@@ -40,7 +40,7 @@ from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSys
 from megatron.core.model_parallel_config import ModelParallelConfig
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.api import CheckpointException as CheckpointException
 
 from megatron_tikmix.errors import InputError
 
@@ -48,11 +48,11 @@ _TORCH_ADAM = (torch.optim.Adam, torch.optim.AdamW)
 
 
 def settle_pipeline(config: ModelParallelConfig) -> None:
-    """Have pipeline stages exchange what they mean to; before `config.__post_init__`.
+    """Make pipeline stages exchange the right tensors; call it before `config.__post_init__`.
 
     With `overlap_p2p_comm` an output is freed before its send is waited for. Interleaved without
     overlap, two stages mix up their messages: losses are wrong, and nothing says so. Overlapping
-    is also what Megatron does unless told otherwise.
+    is also Megatron's default.
     """
     config.deallocate_pipeline_outputs = False
     if config.virtual_pipeline_model_parallel_size:
@@ -149,7 +149,7 @@ def _state_with_padding(self: DistributedOptimizer, **options: Any) -> Any:
 
 
 def _padded(packed: torch.Tensor, buffer: Any) -> torch.Tensor:
-    """One value for each place of the buffer, from those of all buckets without padding."""
+    """Return one value for each place of the buffer, from those of all buckets without padding."""
     whole = packed.new_zeros(buffer.numel)
     parts = packed.split([bucket.numel_unpadded for bucket in buffer.buckets])
     for bucket, part in zip(buffer.buckets, parts, strict=True):
@@ -160,9 +160,6 @@ def _padded(packed: torch.Tensor, buffer: Any) -> torch.Tensor:
 def _parts(optimizer: MegatronOptimizer) -> list[DistributedOptimizer]:
     parts = getattr(optimizer, "chained_optimizers", [optimizer])
     return [part for part in parts if not part.is_stub_optimizer]
-
-
-# Whether the package `apex`, if there is one, is the one that megatron-core takes it for.
 
 
 def check_apex() -> None:
@@ -200,14 +197,8 @@ def _folders(name: str) -> list[str] | None:
     return None if spec is None else list(spec.submodule_search_locations or [])
 
 
-# What differs between the versions of megatron-core that setup.py allows, in one place.
-
-
-__all__ = ["CheckpointException", "options_of_an_asynchronous_save", "writes_of_one_rank"]
-
-
 def writes_of_one_rank() -> list[tuple[Any, str]]:
-    """What writes files of a checkpoint on rank 0 alone: (owner, name) of each function.
+    """Return the functions that write files of a checkpoint on rank 0 alone: (owner, name) of each.
 
     0.16 writes what is no tensor into `common.pt` by a strategy; later versions write it with the
     tensors, on every rank.
@@ -223,7 +214,7 @@ def writes_of_one_rank() -> list[tuple[Any, str]]:
 
 
 def options_of_an_asynchronous_save() -> dict[str, Any]:
-    """For `dist_checkpointing.save`, so that it takes megatron-core's own writer.
+    """Return arguments with which `dist_checkpointing.save` takes megatron-core's own writer.
 
     From 0.17 on it would take that of nvidia-resiliency-ext, which need not be installed.
     """

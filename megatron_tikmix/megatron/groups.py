@@ -39,7 +39,7 @@ class Parallel:
         timeout_minutes: float = TIMEOUT_MINUTES,
         decision_timeout_minutes: float = DECISION_TIMEOUT_MINUTES,
     ) -> "Parallel":
-        """From the process groups that a Megatron loop has made already. Collective.
+        """Take the process groups that a Megatron loop has made already. Collective.
 
         Args:
             groups: megatron-core's; None: those of its `parallel_state`.

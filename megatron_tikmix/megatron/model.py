@@ -166,12 +166,8 @@ def _initialization(key: str, config: GPTConfig) -> Callable[[torch.Tensor], obj
     return config.embedding_init_method if "embedding" in key else config.init_method
 
 
-# Norms of plain torch that know sequence parallelism, in place of megatron-core's own.
-#
-# megatron-core's WrappedTorchNorm, the norm where neither Transformer Engine nor Apex is, refuses
-# sequence parallelism for want of one mark on its parameters.
-
-
+# In place of megatron-core's WrappedTorchNorm, its norm without Transformer Engine and Apex, which
+# refuses sequence parallelism for want of one mark on its parameters.
 _NORMS = {"LayerNorm": torch.nn.LayerNorm, "RMSNorm": torch.nn.RMSNorm}
 
 
@@ -223,10 +219,7 @@ def with_torch_norm(spec: Any) -> Any:
     return spec
 
 
-# Which implementations of Adam, norm and attention a run is made of, in words.
-
-
-# The longest that fits is taken. megatron-core's wrappers are told by what they wrap.
+# Implementations by module: the longest prefix counts, and a wrapper is named after what it wraps.
 _PACKAGES = {
     "torch": "torch",
     "apex": "Apex",
@@ -238,7 +231,7 @@ _PACKAGES = {
 
 
 def kernels_in_use(model: list[DistributedDataParallel], optimizer: MegatronOptimizer) -> str:
-    """Of this rank's chunks and its optimizer, as they were built."""
+    """Name the implementations of Adam, norm and attention that this rank was built from."""
     modules = [module for chunk in unwrap_model(model) for module in chunk.modules()]
     adam = [part.optimizer for part in distributed_optimizers(optimizer)]
     parts = {
@@ -255,7 +248,7 @@ def _attends(module: torch.nn.Module) -> bool:
 
 
 def _named(objects: Iterable[object]) -> str:
-    """`torch AdamW`, or several of them, each once."""
+    """Name each class once with its package: `torch AdamW`."""
     return ", ".join(sorted({_name(type(thing)) for thing in objects}))
 
 

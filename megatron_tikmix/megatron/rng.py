@@ -22,7 +22,7 @@ def rng_state() -> dict[str, Any]:
 
 
 def set_rng_state(state: dict[str, Any]) -> None:
-    """Put all streams where `state` says; `state` may be used again."""
+    """Set all streams to `state`, which may be used again."""
     torch.set_rng_state(state["cpu"])
     tensor_parallel.get_cuda_rng_tracker().set_states(
         {name: _copy(stream) for name, stream in state["tracker"].items()}
@@ -32,7 +32,7 @@ def set_rng_state(state: dict[str, Any]) -> None:
 
 
 def reseeded(state: dict[str, Any], seed: int) -> dict[str, Any]:
-    """Streams that start anew from `seed` and from where they stood.
+    """Return states of streams that start anew from `seed` and from where they stood.
 
     Ranks whose streams were the same (data-parallel replicas, say) get the same ones again, and
     ranks whose streams differed get different ones, whatever the layout.

@@ -164,7 +164,7 @@ def _finalize_sums(
 
 
 def _for_sums(chunk: DistributedDataParallel) -> Iterator[tuple[Any, dict[str, Any]]]:
-    """What of a chunk has to be otherwise while gradients are summed, and how.
+    """Yield objects of a chunk with the attributes that they need while gradients are summed.
 
     Loops that are not ours may take means: over tokens of a micro-batch and micro-batches in the
     schedule (without `calculate_per_token_loss`), over ranks in the gradient buckets.
@@ -179,7 +179,7 @@ def _for_sums(chunk: DistributedDataParallel) -> Iterator[tuple[Any, dict[str, A
 
 @contextmanager
 def _set(place: Any, **values: Any) -> Iterator[None]:
-    """With these attributes; as they were afterwards."""
+    """Set these attributes for the length of the block, then restore them."""
     former = {name: getattr(place, name) for name in values}
     vars(place).update(values)
     try:
@@ -245,7 +245,7 @@ def train_step(
 
 @contextmanager
 def gathered_parameters(model: list[DistributedDataParallel]) -> Iterator[None]:
-    """Parameters whole: with `overlap_param_gather` they are not until the next forward pass."""
+    """Gather the parameters, which `overlap_param_gather` leaves to the next forward pass."""
     gathers_late = [chunk for chunk in model if chunk.ddp_config.overlap_param_gather]
     for chunk in gathers_late:
         chunk.disable_forward_pre_hook(param_sync=True)
@@ -258,7 +258,7 @@ def gathered_parameters(model: list[DistributedDataParallel]) -> Iterator[None]:
 
 @contextmanager
 def evaluation_mode(model: list[DistributedDataParallel]) -> Iterator[None]:
-    """Dropout off and parameters whole; every module's mode as it was at the end.
+    """Switch dropout off and gather parameters; restore every module's mode at the end.
 
     Draws no random number, so training goes on as if nothing had happened.
     """

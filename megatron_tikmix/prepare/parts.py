@@ -12,8 +12,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from megatron_tikmix.data.jsonl import BadDocument
 from megatron_tikmix.data.tokenizer import TokenizerFiles
+from megatron_tikmix.jsonl import BadDocument
 from megatron_tikmix.prepare.readers import Document, Part, Reading, documents
 
 BATCH_CHARACTERS = 1 << 18  # what a thread encodes at a time; 100 bytes of memory a token
@@ -35,14 +35,14 @@ class Encoding:
     on_error: Literal["stop", "skip"] = "stop"
 
     def describe(self) -> list[object]:
-        """The same for encodings that give the same tokens."""
+        """Return a value that is equal for encodings that give the same tokens."""
         reading = dataclasses.asdict(self.reading)
         return [_FORMAT, self.tokenizer.fingerprint(), self.vocab_size, self.eod, reading]
 
 
 @dataclass(frozen=True)
 class Counts:
-    """What became of some text."""
+    """How many documents, tokens and bytes some text gave, and what was skipped."""
 
     documents: int = 0
     empty: int = 0
@@ -144,15 +144,15 @@ class PartWriter:
 
 
 def finished(prefix: Path) -> Counts | None:
-    """What a part that was written became; None if it was not, or not to its end."""
+    """Return the counts of a part that was written to its end; None if it was not."""
     try:
         return Counts(**json.loads(Path(f"{prefix}.json").read_text(encoding="utf-8")))
     except FileNotFoundError:
         return None
 
 
-def fingerprint(files: tuple[Path, ...], encoding: Encoding) -> str:
-    """Of a source: what must not change between starts. Contents count by size and time."""
+def source_digest(files: tuple[Path, ...], encoding: Encoding) -> str:
+    """Return a digest of the files' paths, sizes and times, and of the encoding."""
     listed = [
         (str(path), stat.st_size, stat.st_mtime_ns)
         for file in files
@@ -164,7 +164,7 @@ def fingerprint(files: tuple[Path, ...], encoding: Encoding) -> str:
 
 
 def import_indexed_dataset() -> Any:
-    """megatron-core's module. Imported late: it takes seconds, and bad input is found before."""
+    """Import megatron-core's module late: it takes seconds, and bad input is found before."""
     with warnings.catch_warnings(action="ignore"):  # on what a GPU would want installed
         from megatron.core.datasets import indexed_dataset
     return indexed_dataset

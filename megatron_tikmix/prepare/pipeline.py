@@ -10,7 +10,7 @@ from pathlib import Path
 
 from megatron_tikmix.errors import InputError
 from megatron_tikmix.prepare import worker
-from megatron_tikmix.prepare.parts import Encoding, PartWriter, fingerprint, finished
+from megatron_tikmix.prepare.parts import Encoding, PartWriter, finished, source_digest
 from megatron_tikmix.prepare.readers import Part, parts_of
 from megatron_tikmix.prepare.sources import Source
 
@@ -33,16 +33,16 @@ class Job:
     fingerprint: str
 
     def prefix(self, number: int) -> Path:
-        """Where part number `number` is written."""
+        """Return the prefix of the files of part number `number`."""
         return self.folder / f"{number:06d}"
 
     @property
     def merged(self) -> Path:
-        """Where all parts together are written."""
+        """The prefix of the files that hold all parts."""
         return self.folder / "merged"
 
     def folders(self) -> list[Path]:
-        """Its folder, and those of the same split's former texts and options."""
+        """The job's folder, and those of earlier texts and options of the same split."""
         # The rest of the name is matched exactly: other splits' may begin with this one's.
         pattern = rf"{re.escape(self.source.prefix)}-[0-9a-f]{{16}}-\d+"
         return [path for path in self.folder.parent.iterdir() if re.fullmatch(pattern, path.name)]
@@ -57,10 +57,10 @@ class Job:
 def plan(
     sources: Sequence[Source], encoding: Encoding, folder: Path, part_bytes: int = PART_BYTES
 ) -> list[Job]:
-    """How the sources are divided: the same on every machine, whatever the number of workers."""
+    """Divide the sources into parts, the same on every machine and for any number of workers."""
     jobs = []
     for source in sources:
-        digest = fingerprint(source.files, encoding)
+        digest = source_digest(source.files, encoding)
         parts = tuple(part for path in source.files for part in parts_of(path, part_bytes))
         name = f"{source.prefix}-{digest[:16]}-{part_bytes}"
         jobs.append(Job(source, parts, folder / name, digest))

@@ -114,7 +114,7 @@ def publish(
     kept: Splits,
     order: Sequence[tuple[str, str]],
 ) -> DomainManifest:
-    """Give the merged pairs their names beside the manifest, and write it last.
+    """Rename the merged pairs to their place beside the manifest, and write the manifest last.
 
     Interrupted, it leaves a manifest that lists only what is whole, or none; the same call then
     goes on.

@@ -1,7 +1,7 @@
 """Documents from files of every kind, in parts that can be read apart.
 
-What Hugging Face `datasets` reads from disk. Lines are read by the standard library, which knows
-where in the file a bad one is; columns by pyarrow, and folders of `datasets` by itself.
+The kinds are those that Hugging Face `datasets` reads from disk. The standard library reads lines,
+since it knows where in the file a bad one is; pyarrow reads columns, `datasets` its own folders.
 """
 
 from collections.abc import Iterable, Iterator
@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from megatron_tikmix.data.jsonl import COMPRESSED, BadDocument, parse_object, read_lines, text_of
 from megatron_tikmix.errors import InputError
+from megatron_tikmix.jsonl import COMPRESSED, BadDocument, parse_object, read_lines, text_of
 
 Kind = Literal["json", "text", "parquet", "arrow"]
 SampleBy = Literal["line", "paragraph", "document"]
@@ -63,7 +63,7 @@ class Reading:
 
 
 def kind_of(path: Path) -> Kind | None:
-    """By what the name ends in; None for a file that is none of the kinds that can be read."""
+    """Return the kind of a file by the end of its name; None if it cannot be read."""
     if path.is_dir():
         return "arrow" if is_dataset_folder(path) else None
     inner = Path(path.stem) if path.suffix in COMPRESSED else path
@@ -72,7 +72,7 @@ def kind_of(path: Path) -> Kind | None:
 
 
 def is_dataset_folder(path: Path) -> bool:
-    """Whether `datasets` saved it (``Dataset.save_to_disk``)."""
+    """Whether the folder was written by `datasets` (``Dataset.save_to_disk``)."""
     return (path / "state.json").is_file() and (path / "dataset_info.json").is_file()
 
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_tikmix.data.domains import check_name
-from megatron_tikmix.data.jsonl import COMPRESSED
 from megatron_tikmix.errors import InputError
+from megatron_tikmix.jsonl import COMPRESSED
 from megatron_tikmix.prepare.readers import is_dataset_folder, kind_of
 
 # A split's name holds no underscore, so that <domain>_<split> can be read in one way only.

@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 
 from megatron_tikmix.cli.main import main
 from megatron_tikmix.data.domains import DomainManifest
-from megatron_tikmix.data.jsonl import BadDocument
 from megatron_tikmix.data.tokenizer import TokenizerFiles
 from megatron_tikmix.errors import InputError
+from megatron_tikmix.jsonl import BadDocument
 from megatron_tikmix.prepare import pipeline
 from megatron_tikmix.prepare.parts import PartWriter
 from megatron_tikmix.prepare.readers import Document, Reading, documents, parts_of

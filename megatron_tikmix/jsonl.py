@@ -18,10 +18,10 @@ COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 
 
 class BadDocument(InputError):
-    """One document is not what it must be.
+    """A document that is malformed or lacks its text.
 
     Attributes:
-        reason: in two or three words, for counting.
+        reason: the kind of fault in two or three words, for counting.
     """
 
     def __init__(self, reason: str, sentence: str) -> None:
@@ -43,7 +43,7 @@ class Line:
     content: bytes
 
     def __str__(self) -> str:
-        """Its place in the file, for messages: counted only when it is asked for."""
+        """Return the line's place in the file, for messages; counted here, since it is slow."""
         before = 0
         if self.first:
             with self.path.open("rb") as file:
@@ -138,6 +138,28 @@ def parse_object(line: Line, example: str) -> dict[str, Any]:
     return content
 
 
+def read_objects(path: Path, example: str, *, torn_tail: bool = False) -> list[dict[str, Any]]:
+    """Return the JSON objects of a file, one a line.
+
+    Args:
+        example: what a good line looks like.
+        torn_tail: drop a last line without a line end that is no object, as a kill leaves it.
+
+    Raises:
+        BadDocument: names the file, the line and what is wrong there.
+        InputError: the file cannot be read.
+    """
+    objects = []
+    for line in read_lines(path):
+        try:
+            objects.append(parse_object(line, example))
+        except BadDocument:
+            if torn_tail and not line.content.endswith(b"\n"):
+                break
+            raise
+    return objects
+
+
 def text_of(content: dict[str, Any], field: str, where: object, option: str) -> str:
     """The text in a field of a document.
 
@@ -172,7 +194,7 @@ def text_of(content: dict[str, Any], field: str, where: object, option: str) -> 
 
 
 def _damage(path: Path) -> tuple[type[Exception], ...]:
-    """What reading damaged compressed data raises."""
+    """Return the exceptions that reading damaged compressed data raises."""
     known: tuple[type[Exception], ...] = (EOFError, zlib.error, gzip.BadGzipFile, lzma.LZMAError)
     # Those of the standard library and of pyarrow are bare OSErrors.
     return (*known, OSError) if path.suffix in (".bz2", ".zst") else known
