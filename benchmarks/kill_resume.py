@@ -40,7 +40,7 @@ from forked_ranks import fork_rank, free_port
 import megatron_tikmix.training.build as entry
 from megatron_tikmix.config import load_config
 from megatron_tikmix.data.dataset import BlendedDataset
-from megatron_tikmix.json_lines import append_jsonl, read_jsonl
+from megatron_tikmix.jsonl import append_jsonl, read_jsonl
 from megatron_tikmix.measure.remixer import Remixer
 from megatron_tikmix.training import loop, record
 from megatron_tikmix.training.checkpoint import Checkpointer

@@ -27,7 +27,7 @@ from forked_ranks import fork_rank, free_port
 import megatron_tikmix.training.build as entry
 from megatron_tikmix.config import load_config
 from megatron_tikmix.data.dataset import BlendedDataset
-from megatron_tikmix.json_lines import append_jsonl, read_jsonl
+from megatron_tikmix.jsonl import append_jsonl, read_jsonl
 from tests.conftest import build_corpus, overridden
 
 LAYOUTS = ((2, 1, 1), (1, 2, 1), (1, 1, 2), (2, 2, 1))

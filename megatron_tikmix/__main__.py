@@ -4,7 +4,7 @@ import sys
 
 from megatron_tikmix.errors import InputError, TrainingError
 from megatron_tikmix.log import configure_logging, tell_error
-from megatron_tikmix.megatron.faults import check_apex
+from megatron_tikmix.megatron.apex import check_apex
 
 
 def main(arguments: list[str]) -> int:

@@ -1,17 +1,27 @@
-"""JSON lines, plain or compressed: one object a line, and a sentence for everything else."""
+"""JSON lines, plain or compressed: one object a line, and a sentence for everything else.
+
+What a run appends to is written a whole line at a time, and flushed, so a reader need not wait
+until the run is over, and a killed run loses at most the line that it was writing.
+"""
 
 import bz2
 import gzip
 import io
 import json
 import lzma
+import math
+import os
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
+
 from megatron_tikmix.errors import InputError
+
+Row = dict[str, Any]
 
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 """File names that end so are unpacked as they are read."""
@@ -160,6 +170,44 @@ def read_objects(path: Path, example: str, *, torn_tail: bool = False) -> list[d
     return objects
 
 
+def read_jsonl(path: str | Path) -> list[Row]:
+    """Return every object of a run's file; none if there is no file.
+
+    A last line that a kill has torn is left out.
+
+    Raises:
+        InputError: another line is no JSON object.
+    """
+    path = Path(path)
+    if not path.exists():
+        return []
+    return read_objects(path, "one object a line, or delete that line", torn_tail=True)
+
+
+def append_jsonl(path: str | Path, row: Mapping[str, Any]) -> None:
+    """Append `row` as one line of JSON, and have it on disk; see :func:`json_line`.
+
+    Raises:
+        OSError: it cannot be written (the disk is full, say); the file is then what it was.
+    """
+    with open(path, "a+b", buffering=0) as file:
+        _mend_torn_tail(file)
+        end = file.seek(0, os.SEEK_END)
+        try:
+            line = memoryview(json_line(row).encode("ascii"))
+            while line:
+                line = line[file.write(line) :]
+            os.fsync(file.fileno())
+        except OSError:
+            file.truncate(end)
+            raise
+
+
+def json_line(row: Mapping[str, Any]) -> str:
+    """Return `row` as a line of JSON with its line end. Numbers that are not finite become null."""
+    return json.dumps(_plain(row), allow_nan=False) + "\n"
+
+
 def text_of(content: dict[str, Any], field: str, where: object, option: str) -> str:
     """The text in a field of a document.
 
@@ -210,3 +258,40 @@ def _open_zst(path: Path) -> io.BufferedReader:
             f"unpack the file"
         ) from error
     return io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"))
+
+
+def _mend_torn_tail(file: BinaryIO) -> None:
+    """Make the file end with a whole line, so that no row is appended to a torn one."""
+    end = file.seek(0, os.SEEK_END)
+    if end == 0:
+        return
+    file.seek(end - 1)
+    if file.read(1) == b"\n":
+        return
+    file.seek(0)
+    tail = file.read().rpartition(b"\n")[2]
+    if not _is_object(tail):
+        file.truncate(end - len(tail))
+    else:
+        file.write(b"\n")  # whole, but for its line end
+
+
+def _is_object(line: bytes) -> bool:
+    """Return whether a line holds a JSON object."""
+    try:
+        return isinstance(json.loads(line), dict)
+    except ValueError:  # the base of JSONDecodeError and UnicodeDecodeError
+        return False
+
+
+def _plain(value: Any) -> Any:
+    """Return `value` in the types of JSON, which has no NaN and no infinity."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, np.generic | np.ndarray):
+        return _plain(value.tolist())
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from megatron_tikmix.data.samples import Sample, stack
 from megatron_tikmix.data.tasks import Task
 from megatron_tikmix.measure.probe import InfluenceProbe, ProbeData
 from megatron_tikmix.measure.shards import OptimizerShards
+from megatron_tikmix.megatron.samples import Sample, stack
 from megatron_tikmix.megatron.step import ForwardBackward, forward_step
 from megatron_tikmix.training.loop import Run
 

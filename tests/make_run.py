@@ -15,7 +15,7 @@ import yaml
 from megatron_tikmix.decision.ledger import StageRow
 from megatron_tikmix.decision.rules import Rules
 from megatron_tikmix.influence.matrix import InfluenceMatrix
-from megatron_tikmix.json_lines import append_jsonl
+from megatron_tikmix.jsonl import append_jsonl
 from megatron_tikmix.mixture.mixture import Mixture
 from megatron_tikmix.solve.constraints import MixtureConstraints
 from megatron_tikmix.solve.objective import Goal

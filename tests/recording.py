@@ -9,7 +9,7 @@ from pathlib import Path
 from unittest import mock
 
 from megatron_tikmix.data.dataset import BlendedDataset
-from megatron_tikmix.data.samples import Sample
+from megatron_tikmix.megatron.samples import Sample
 
 
 @contextmanager

@@ -19,8 +19,8 @@ from megatron_tikmix.data.builder import TrainingData
 from megatron_tikmix.data.domain_stream import DomainStream
 from megatron_tikmix.data.tasks import micro_batches
 from megatron_tikmix.measure.rollouts import RolloutData, Rollouts
-from megatron_tikmix.measure.shards import distributed_optimizers
 from megatron_tikmix.megatron.groups import Parallel, initialize, shut_down
+from megatron_tikmix.megatron.optimizer import distributed_optimizers
 from megatron_tikmix.megatron.step import train_step, zero_gradients
 from megatron_tikmix.mixture.mixture import Mixture
 from megatron_tikmix.training.build import build

@@ -27,10 +27,10 @@ from influence_parts.decision import (
 )
 from influence_parts.statistics import Array, correlations
 from influence_parts.trained import Figures, Settings, Trained, chosen, trained
-from megatron_tikmix.data.samples import Sample
 from megatron_tikmix.influence.bank import SubBatchBank
 from megatron_tikmix.influence.budget import shared_out
 from megatron_tikmix.measure.probe import ProbeData
+from megatron_tikmix.megatron.samples import Sample
 from megatron_tikmix.mixture.mixture import Mixture
 
 MIXTURES = 254

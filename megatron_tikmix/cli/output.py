@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.console import Console
 
-from megatron_tikmix.json_lines import json_line
+from megatron_tikmix.jsonl import json_line
 
 PIPED_WIDTH = 160
 """Columns of a table that is not for a terminal."""

@@ -27,7 +27,7 @@ from megatron_tikmix.data.builder import TrainingData
 from megatron_tikmix.decision.decide import Boundary, Decision
 from megatron_tikmix.decision.ledger import Ledger, StageRow
 from megatron_tikmix.errors import InputError
-from megatron_tikmix.json_lines import json_line
+from megatron_tikmix.jsonl import json_line
 from megatron_tikmix.measure.probe_plan import plan_probe
 from megatron_tikmix.measure.remixer import Remixer
 from megatron_tikmix.megatron.groups import Parallel, initialize, shut_down

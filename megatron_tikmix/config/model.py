@@ -8,7 +8,6 @@ import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_tikmix.errors import require
-from megatron_tikmix.megatron.faults import settle_pipeline
 
 
 @dataclass(kw_only=True)
@@ -64,3 +63,17 @@ class GPTConfig(TransformerConfig):
         self.params_dtype = self.pipeline_dtype = torch.bfloat16 if self.bf16 else torch.float32
         settle_pipeline(self)
         super().__post_init__()
+
+
+def settle_pipeline(config: TransformerConfig) -> None:
+    """Make pipeline stages exchange the right tensors; call it before `config.__post_init__`.
+
+    One of the faults of megatron-core in `megatron/faults.py`.
+
+    With `overlap_p2p_comm` an output is freed before its send is waited for. Interleaved without
+    overlap, two stages mix up their messages: losses are wrong, and nothing says so. Overlapping
+    is also Megatron's default.
+    """
+    config.deallocate_pipeline_outputs = False
+    if config.virtual_pipeline_model_parallel_size:
+        config.overlap_p2p_comm, config.batch_p2p_comm = True, False

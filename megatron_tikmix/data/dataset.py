@@ -13,10 +13,10 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from megatron_tikmix.data.domain_stream import DomainStream
-from megatron_tikmix.data.samples import Sample, stack
 from megatron_tikmix.errors import InputError
 from megatron_tikmix.megatron.collectives import agree_on_input
 from megatron_tikmix.megatron.groups import Parallel
+from megatron_tikmix.megatron.samples import Sample, stack
 from megatron_tikmix.mixture.schedule import MixtureSchedule
 
 

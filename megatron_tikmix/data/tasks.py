@@ -17,11 +17,11 @@ from numpy.typing import NDArray
 from megatron_tikmix.config import TaskConfig
 from megatron_tikmix.data.domain_stream import DomainStream
 from megatron_tikmix.data.domains import DomainManifest, DomainSplit
-from megatron_tikmix.data.samples import Sample, stack
 from megatron_tikmix.data.token_files import TokenFiles
 from megatron_tikmix.data.tokenizer import TextTokenizer
 from megatron_tikmix.errors import InputError
 from megatron_tikmix.jsonl import Line, parse_object, read_lines, text_of
+from megatron_tikmix.megatron.samples import Sample, stack
 from megatron_tikmix.seeds import derived_seed
 
 _AT_ONCE = 1024  # items that are tokenised together

@@ -26,7 +26,7 @@ from megatron_tikmix.errors import InputError
 from megatron_tikmix.influence.bank import SubBatchBank
 from megatron_tikmix.influence.matrix import InfluenceMatrix, completed
 from megatron_tikmix.influence.stability import RankStability
-from megatron_tikmix.json_lines import append_jsonl, read_jsonl
+from megatron_tikmix.jsonl import append_jsonl, read_jsonl
 from megatron_tikmix.mixture.mixture import Mixture
 from megatron_tikmix.solve.objective import Objective
 from megatron_tikmix.solve.solution import MixtureSolution

@@ -25,14 +25,14 @@ from megatron.core.rerun_state_machine import RerunStateMachine
 from megatron_tikmix.config import HostedConfig
 from megatron_tikmix.config.checks import check_boundaries
 from megatron_tikmix.data.builder import TrainingData
-from megatron_tikmix.data.samples import DocumentBoundaries
 from megatron_tikmix.decision.decide import Boundary, Decision
 from megatron_tikmix.errors import InputError, TrainingError
 from megatron_tikmix.measure.probe_plan import Trained, plan_probe_of
 from megatron_tikmix.measure.remixer import Progress, Remixer
-from megatron_tikmix.measure.shards import distributed_optimizers
 from megatron_tikmix.megatron.collectives import sum_over_ranks
 from megatron_tikmix.megatron.groups import Parallel
+from megatron_tikmix.megatron.optimizer import distributed_optimizers
+from megatron_tikmix.megatron.samples import DocumentBoundaries
 from megatron_tikmix.megatron.step import ForwardBackward
 from megatron_tikmix.training.build import load_data, together
 

@@ -11,13 +11,13 @@ from numpy.typing import NDArray
 
 from megatron_tikmix.config import ProbeConfig
 from megatron_tikmix.data.domain_stream import DomainStream
-from megatron_tikmix.data.samples import Sample
 from megatron_tikmix.data.tasks import SampleStream, Task, micro_batches
 from megatron_tikmix.influence.bank import SubBatchBank
 from megatron_tikmix.measure.curvature import fit_curvature
 from megatron_tikmix.measure.gradients import KeptGradients, inner_products
 from megatron_tikmix.measure.shards import OptimizerShards
 from megatron_tikmix.megatron.collectives import check_same_on_all_ranks, sum_over_ranks
+from megatron_tikmix.megatron.samples import Sample
 from megatron_tikmix.megatron.step import (
     ForwardBackward,
     evaluation_mode,

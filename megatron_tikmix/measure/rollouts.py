@@ -18,7 +18,6 @@ from numpy.typing import ArrayLike, NDArray
 
 from megatron_tikmix.data.dataset import BlendedDataset, DataParallelLoader
 from megatron_tikmix.data.domain_stream import DomainStream
-from megatron_tikmix.data.samples import Sample
 from megatron_tikmix.decision.audit import RolloutCost, RolloutOutcomes
 from megatron_tikmix.errors import InputError, RolloutError, TrainingError
 from megatron_tikmix.measure.snapshot import TrainingSnapshot
@@ -30,6 +29,7 @@ from megatron_tikmix.megatron.collectives import (
     first_problem,
     sum_over_ranks,
 )
+from megatron_tikmix.megatron.samples import Sample
 from megatron_tikmix.megatron.step import (
     ForwardBackward,
     StepResult,

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
-from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
+from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
@@ -24,6 +24,7 @@ from megatron_tikmix.config import ParametersConfig
 from megatron_tikmix.errors import InputError
 from megatron_tikmix.megatron.collectives import sum_over_ranks
 from megatron_tikmix.megatron.groups import Parallel
+from megatron_tikmix.megatron.optimizer import distributed_optimizers
 
 _VOCABULARY = ("word_embeddings.weight", "output_layer.weight")
 
@@ -235,22 +236,6 @@ def _put_back(values: dict[str, Any], entries: _Entries, but: str | None = None)
             values[key] = value
         else:
             values[key] = copy.deepcopy(saved)
-
-
-def distributed_optimizers(optimizer: MegatronOptimizer) -> list[DistributedOptimizer]:
-    """The distributed optimizers inside `optimizer`.
-
-    Raises:
-        TypeError: it is made of anything else.
-    """
-    parts = optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]
-    for part in parts:
-        if not isinstance(part, DistributedOptimizer):
-            raise TypeError(
-                f"{type(part).__name__} has no sharded second moment to read; "
-                f"use megatron-core's distributed optimizer with Adam"
-            )
-    return [part for part in parts if not part.is_stub_optimizer]
 
 
 def _owned(optimizer: DistributedOptimizer) -> Iterator[tuple[torch.nn.Parameter, Any]]:

@@ -7,8 +7,8 @@ torch's Adam under the distributed optimizer:  :func:`mend_torch_adam`,         
 not loaded into a fresh one, `step` missing,   :func:`unshare_steps`
 and one `step` shared by all parameters
 state of several buckets is saved shifted      :func:`mend_buckets`                  0.16 - 0.19
-an output is freed before its send is done     :func:`settle_pipeline`               0.16
-interleaved stages mix up their messages       :func:`settle_pipeline`               0.16
+an output is freed before its send is done     `config.model.settle_pipeline`        0.16
+interleaved stages mix up their messages       `config.model.settle_pipeline`        0.16
 the fused cross entropy casts to bf16          refused, ``config/checks.py``         0.16 - 0.19
 results of a save travel through a process     :func:`results_without_a_process`,    0.16 - 0.19
 that imports torch, outlives a killed rank,    :func:`results_past_sigterm`
@@ -20,15 +20,12 @@ show them, and fail when one is gone; but for the output that is freed, which is
 losses were wrong in some runs and right in others.
 """
 
-import importlib.util
 import inspect
 import queue
 import signal
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing import resource_tracker
-from pathlib import Path
 from types import MethodType
 from typing import Any
 
@@ -37,26 +34,11 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import serialization
 from megatron.core.dist_checkpointing.strategies import common, filesystem_async
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
-from megatron.core.model_parallel_config import ModelParallelConfig
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch.distributed.checkpoint.api import CheckpointException as CheckpointException
 
-from megatron_tikmix.errors import InputError
-
 _TORCH_ADAM = (torch.optim.Adam, torch.optim.AdamW)
-
-
-def settle_pipeline(config: ModelParallelConfig) -> None:
-    """Make pipeline stages exchange the right tensors; call it before `config.__post_init__`.
-
-    With `overlap_p2p_comm` an output is freed before its send is waited for. Interleaved without
-    overlap, two stages mix up their messages: losses are wrong, and nothing says so. Overlapping
-    is also Megatron's default.
-    """
-    config.deallocate_pipeline_outputs = False
-    if config.virtual_pipeline_model_parallel_size:
-        config.overlap_p2p_comm, config.batch_p2p_comm = True, False
 
 
 @contextmanager
@@ -160,41 +142,6 @@ def _padded(packed: torch.Tensor, buffer: Any) -> torch.Tensor:
 def _parts(optimizer: MegatronOptimizer) -> list[DistributedOptimizer]:
     parts = getattr(optimizer, "chained_optimizers", [optimizer])
     return [part for part in parts if not part.is_stub_optimizer]
-
-
-def check_apex() -> None:
-    """Refuse an `apex` that megatron-core could not use, before megatron-core imports it.
-
-    It takes any importable `apex` for NVIDIA's, and fails over it while the model is built, or at
-    once if it is PyPI's `apex`, an unrelated project of Python 2. Nothing is imported here.
-
-    Raises:
-        InputError: says which package it is, and what to do.
-    """
-    folders = _folders("apex")
-    if folders is None:
-        return
-    where = folders[0] if folders else "this environment"
-    if not any(Path(folder, "optimizers", "fused_adam.py").is_file() for folder in folders):
-        raise InputError(
-            f"the package apex in {where} is not NVIDIA's Apex (on PyPI that name belongs to an "
-            f"unrelated project), and megatron-core would take it for that; pip uninstall apex, or "
-            f"start where there is no folder apex"
-        )
-    if _folders("amp_C") is None:
-        raise InputError(
-            f"NVIDIA's Apex in {where} was built without its CUDA extensions (there is no amp_C), "
-            f"and megatron-core would fail with it; build it with them, or pip uninstall apex"
-        )
-
-
-def _folders(name: str) -> list[str] | None:
-    """Where a top-level package lies; empty for a plain module, None if there is none."""
-    module = sys.modules.get(name)
-    if module is not None:
-        return list(getattr(module, "__path__", []))
-    spec = importlib.util.find_spec(name)
-    return None if spec is None else list(spec.submodule_search_locations or [])
 
 
 def writes_of_one_rank() -> list[tuple[Any, str]]:

@@ -31,8 +31,8 @@ from megatron.core.utils import unwrap_model
 
 from megatron_tikmix.config import GPTConfig
 from megatron_tikmix.errors import InputError
-from megatron_tikmix.measure.shards import distributed_optimizers
 from megatron_tikmix.megatron.groups import Parallel
+from megatron_tikmix.megatron.optimizer import distributed_optimizers
 from megatron_tikmix.seeds import derived_seed
 
 

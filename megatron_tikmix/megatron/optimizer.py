@@ -2,6 +2,8 @@
 
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.optimizer import ChainedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_tikmix.config import RunConfig
@@ -41,3 +43,19 @@ def build_scheduler(config: RunConfig, optimizer: MegatronOptimizer) -> Optimize
         use_checkpoint_opt_param_scheduler=False,
         override_opt_param_scheduler=True,
     )
+
+
+def distributed_optimizers(optimizer: MegatronOptimizer) -> list[DistributedOptimizer]:
+    """The distributed optimizers inside `optimizer`.
+
+    Raises:
+        TypeError: it is made of anything else.
+    """
+    parts = optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]
+    for part in parts:
+        if not isinstance(part, DistributedOptimizer):
+            raise TypeError(
+                f"{type(part).__name__} has no sharded second moment to read; "
+                f"use megatron-core's distributed optimizer with Adam"
+            )
+    return [part for part in parts if not part.is_stub_optimizer]

@@ -14,9 +14,9 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from megatron_tikmix.data.samples import DocumentBoundaries, Sample
 from megatron_tikmix.megatron.collectives import max_over_ranks
 from megatron_tikmix.megatron.groups import Parallel
+from megatron_tikmix.megatron.samples import DocumentBoundaries, Sample
 
 LossSums = list[dict[str, torch.Tensor]]
 """What the schedule returns: one dict of a micro-batch, on the last pipeline stage only."""

@@ -16,7 +16,7 @@ import yaml
 
 from megatron_tikmix.decision.ledger import Ledger
 from megatron_tikmix.errors import InputError
-from megatron_tikmix.json_lines import Row, read_jsonl
+from megatron_tikmix.jsonl import Row, read_jsonl
 
 
 class RunFiles:

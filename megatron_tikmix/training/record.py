@@ -20,7 +20,7 @@ import megatron_tikmix
 from megatron_tikmix.config import RunConfig
 from megatron_tikmix.decision.ledger import LEDGER, Ledger, filed
 from megatron_tikmix.errors import InputError
-from megatron_tikmix.json_lines import append_jsonl, json_line, read_jsonl
+from megatron_tikmix.jsonl import append_jsonl, json_line, read_jsonl
 from megatron_tikmix.megatron.groups import Parallel
 from megatron_tikmix.monitoring.files import RunFiles
 from megatron_tikmix.monitoring.history import RunHistory

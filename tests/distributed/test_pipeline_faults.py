@@ -7,7 +7,7 @@ import pytest
 
 from megatron_tikmix.data.builder import TrainingData
 from megatron_tikmix.data.domain_stream import DomainStream
-from megatron_tikmix.data.samples import Sample, stack
+from megatron_tikmix.megatron.samples import Sample, stack
 from megatron_tikmix.training.build import build_training
 from tests.conftest import overridden
 from tests.one_rank import one_rank

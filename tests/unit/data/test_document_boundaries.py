@@ -13,9 +13,9 @@ from megatron.core.datasets.utils import Split
 from megatron_tikmix.config import TaskConfig
 from megatron_tikmix.data.domain_stream import _EndOfDocument
 from megatron_tikmix.data.domains import DomainManifest
-from megatron_tikmix.data.samples import DocumentBoundaries, stack
 from megatron_tikmix.data.tasks import build_task
 from megatron_tikmix.errors import InputError
+from megatron_tikmix.megatron.samples import DocumentBoundaries, stack
 from megatron_tikmix.training.evaluate import evaluate
 from tests.conftest import EOD, VOCAB_SIZE, overridden, write_prompts
 from tests.one_rank import one_rank

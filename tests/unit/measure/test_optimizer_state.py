@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from megatron_tikmix.measure.shards import OptimizerShards, distributed_optimizers
+from megatron_tikmix.measure.shards import OptimizerShards
+from megatron_tikmix.megatron.optimizer import distributed_optimizers
 from megatron_tikmix.training.loop import Run
 
 

@@ -9,11 +9,12 @@ import torch
 from megatron.core.optimizer.grad_scaler import DynamicGradScaler
 
 from megatron_tikmix.data.builder import TrainingData
-from megatron_tikmix.data.samples import stack
 from megatron_tikmix.errors import InputError, RolloutError
 from megatron_tikmix.measure.rollouts import RolloutService, checked_weights
-from megatron_tikmix.measure.shards import OptimizerSnapshot, distributed_optimizers
+from megatron_tikmix.measure.shards import OptimizerSnapshot
 from megatron_tikmix.megatron.groups import Parallel
+from megatron_tikmix.megatron.optimizer import distributed_optimizers
+from megatron_tikmix.megatron.samples import stack
 from megatron_tikmix.megatron.step import train_step
 from megatron_tikmix.mixture.blending import StageBlend
 from megatron_tikmix.seeds import derived_seed

@@ -66,7 +66,7 @@ def test_what_megatron_cannot_use_is_refused_in_one_sentence(
 def test_nvidias_is_used(tmp_path: Path) -> None:
     write(tmp_path, WITH_EXTENSIONS)
     code = """
-from megatron_tikmix.megatron.faults import check_apex
+from megatron_tikmix.megatron.apex import check_apex
 check_apex()
 from megatron.core.optimizer import Adam
 print(Adam.__module__, Adam.__name__)
@@ -76,5 +76,5 @@ print(Adam.__module__, Adam.__name__)
 
 
 def test_none_at_all_is_fine(tmp_path: Path) -> None:
-    code = "from megatron_tikmix.megatron.faults import check_apex; check_apex()"
+    code = "from megatron_tikmix.megatron.apex import check_apex; check_apex()"
     assert run(tmp_path, "-c", code).returncode == 0

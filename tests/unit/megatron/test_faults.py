@@ -9,8 +9,8 @@ import pytest
 import torch
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
-from megatron_tikmix.measure.shards import distributed_optimizers
 from megatron_tikmix.megatron.faults import mend_buckets, mend_torch_adam, unshare_steps
+from megatron_tikmix.megatron.optimizer import distributed_optimizers
 from megatron_tikmix.training.loop import train_interval
 from tests.conftest import overridden
 from tests.one_rank import one_rank

@@ -12,7 +12,7 @@ from megatron_tikmix.cli.main import main
 from megatron_tikmix.decision.rules import Rules
 from megatron_tikmix.errors import InputError
 from megatron_tikmix.influence.matrix import InfluenceMatrix
-from megatron_tikmix.json_lines import append_jsonl
+from megatron_tikmix.jsonl import append_jsonl
 from megatron_tikmix.mixture.mixture import Mixture
 from megatron_tikmix.monitoring.answers import compare, influence, mixture, open_run, summary, why
 from megatron_tikmix.solve.tikmix_d import solve_tikmix_d

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from megatron_tikmix.errors import InputError
-from megatron_tikmix.json_lines import append_jsonl, read_jsonl
+from megatron_tikmix.jsonl import append_jsonl, read_jsonl
 from megatron_tikmix.monitoring.files import RunFiles
 
 
@@ -51,7 +51,7 @@ def test_a_last_line_that_only_lacks_its_end_is_kept(tmp_path):
 def test_a_bad_line_in_the_middle_is_named(tmp_path, bad):
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b'{"a": 1}\n' + bad.encode("utf-8", "surrogateescape") + b'\n{"a": 2}\n')
-    with pytest.raises(InputError, match=r"rows\.jsonl, line 2"):
+    with pytest.raises(InputError, match=r"rows\.jsonl: line 2"):
         read_jsonl(path)
 
 

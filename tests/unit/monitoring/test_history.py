@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import yaml
 
-from megatron_tikmix.json_lines import append_jsonl
+from megatron_tikmix.jsonl import append_jsonl
 from megatron_tikmix.monitoring.files import RunFiles
 from megatron_tikmix.monitoring.history import RunHistory
 from megatron_tikmix.monitoring.words import DASH, Influence, clean, count, duration, moves, shorten

@@ -10,7 +10,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megatron_tikmix.decision.ledger import Ledger, Measured, StageRow
-from megatron_tikmix.json_lines import append_jsonl, read_jsonl
+from megatron_tikmix.jsonl import append_jsonl, read_jsonl
 from megatron_tikmix.monitoring.tensorboard import TensorBoardWriter
 from megatron_tikmix.training import record
 from megatron_tikmix.training.loop import train

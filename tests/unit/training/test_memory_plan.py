@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_tikmix.data.samples import stack
+from megatron_tikmix.megatron.samples import stack
 from megatron_tikmix.megatron.step import forward_step
 from megatron_tikmix.training.loop import train_interval
 from megatron_tikmix.training.plan import in_short, plan_memory
