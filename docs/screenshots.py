@@ -27,7 +27,7 @@ sys.path.insert(0, str(ROOT))
 from megatron_tikmix.monitoring.report import write_report  # noqa: E402
 from megatron_tikmix.monitoring.tensorboard import TensorBoardWriter  # noqa: E402
 from tests.browser import find_browser, visit  # noqa: E402
-from tests.make_run import INTERVAL, SEQUENCE_LENGTH, make_run, many_domains, realised  # noqa: E402
+from tests.make_run import INTERVAL, SEQUENCE_LENGTH, make_run, many_domains, realised, row_of  # noqa: E402
 
 LARGEST = 150_000
 """Bytes of a picture, at most: fewer colours until it is as small."""
@@ -50,7 +50,7 @@ def made_up(folder: Path, domains: int, seed: int = 0) -> Path:
     with TensorBoardWriter(folder / "tensorboard", sequence_length=SEQUENCE_LENGTH) as writer:
         writer.hparams(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")))
         for former, stage in zip([None, *ledger], ledger, strict=False):
-            writer.stage(stage, former)
+            writer.stage(row_of(stage), former and row_of(former))
             start = stage["start_iteration"]
             for row in metrics:
                 if start < row["iteration"] <= start + INTERVAL:

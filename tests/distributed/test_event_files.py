@@ -5,6 +5,7 @@ from typing import Any
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from megatron_tikmix.decision.ledger import Ledger
 from megatron_tikmix.monitoring.words import decision_in_words
 from tests.conftest import overridden, read_rows
 from tests.ranks import train
@@ -35,9 +36,10 @@ def test_every_value_is_that_of_the_ledger_or_the_metrics(
     assert len(list(log_dir.iterdir())) == 2  # each start one file, of one rank
     scalars, texts = read_back(log_dir)
     assert_same(scalars, expected_scalars(ledger, metrics, settings["data"]["sequence_length"]))
+    rows = Ledger.read(run_dir)
     assert texts == {
-        row["start_iteration"]: decision_in_words(former, row)
-        for former, row in zip([None, *ledger], ledger, strict=False)
+        row.start_iteration: decision_in_words(former, row)
+        for former, row in zip([None, *rows], rows, strict=False)
     }
     events = EventAccumulator(str(log_dir), size_guidance={"images": 0})
     events.Reload()
