@@ -18,7 +18,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from megatron_tikmix.data.domains import DomainManifest, DomainSplit
 from megatron_tikmix.data.tokenizer import TokenizerFiles
-from megatron_tikmix.decision.ledger import BankFile
+from megatron_tikmix.decision.ledger import LEDGER, BankFile
 
 # A busy machine is no fault of the code.
 hypothesis_settings.register_profile("untimed", deadline=None)
@@ -167,8 +167,8 @@ def let_go_of_models() -> None:
 def read_rows(run_dir: str | Path, name: str) -> list[dict[str, Any]]:
     """The rows of a JSONL file of a run; those of the ledger with their banks."""
     rows = [json.loads(line) for line in (Path(run_dir) / name).read_text().splitlines()]
-    for row in rows:
-        if bank := row.get("bank"):
+    for row in rows if name == LEDGER else ():
+        if bank := row["bank"]:
             row["bank"] = BankFile(bank["file"], bank["sha256"], Path(run_dir)).read().to_json()
     return rows
 
