@@ -24,6 +24,8 @@ for module in ("megatron", "torch"):  # their notes on optional packages; before
 
 import megatron_tikmix  # noqa: E402, F401  (first: it lets megatron-core do without CUDA)
 
+sys.path.append(str(Path(__file__).parents[1]))  # tests measure memory as one of its parts does
+
 # isort: split
 from influence_parts.trained import write_json  # noqa: E402
 from parity_parts import layouts, memory, precision  # noqa: E402
