@@ -139,7 +139,8 @@ def audited(rollouts: Rollouts) -> dict[str, Any]:
         values_VD = [[float(name == "low") for name in domains] for _ in tasks]
         matrix = InfluenceMatrix(values_VD, domains=domains, tasks=tasks)
         bank: Any = SimpleNamespace(influence_matrix=lambda: matrix)
-        decided = Decision(new, source="tikmix_d", reason="so", bank=bank)
+        measured: Any = SimpleNamespace(bank=bank)
+        decided = Decision(new, source="tikmix_d", reason="so", measured=measured)
     forced = replace(decided, source="fallback") if rollouts.parallel.is_main else decided
     weights, verdict = {}, None
     for name, decision, required in (
@@ -161,7 +162,7 @@ def audited(rollouts: Rollouts) -> dict[str, Any]:
         remixer = Remixer(probe, nothing, rollouts, rollouts.parallel, config, nothing)
         found = remixer._audited(decision, at)
         weights[name] = round(found.mixture["high"], 3)
-        verdict = found.audit and found.audit["verdict"]
+        verdict = found.audit and found.audit.verdict
     return {"verdict": verdict, "weight": weights}
 
 
