@@ -142,8 +142,8 @@ def test_the_run_measures_as_many_sub_batches_as_planned(
         assert run.remixer is not None
         assert run.probe_plan is not None
         decision = run.remixer.remix(boundary(run))
-        assert decision.bank is not None
-        assert decision.bank.sub_batches_D.tolist() == [12, 12, 12]
+        assert decision.measured is not None
+        assert decision.measured.bank.sub_batches_D.tolist() == [12, 12, 12]
         assert decision.probe_tokens == run.probe_plan.tokens
 
 
