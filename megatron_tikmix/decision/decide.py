@@ -324,10 +324,15 @@ class Decider:
     def budget(self, at: Boundary, precision: float) -> AdaptiveBudget:
         """Return the rule that adds sub-batches until the mixture is settled."""
         rules = self.rules(at)
+        remembered: dict[Any, FormerInfluence] = {}  # a domain may be lost as the probe grows
 
         def solve(influence: InfluenceMatrix) -> Mixture:
-            former = self._history.before(at.ledger, rules.smoothing, has_own_rows(influence))
-            solved_on = _averaged(former, rules.smoothing, joint_influence(influence))
+            latest = joint_influence(influence)
+            names = latest.tasks, latest.domains
+            if names not in remembered:
+                former = self._history.before(at.ledger, rules.smoothing, has_own_rows(influence))
+                remembered[names] = FormerInfluence(former, rules.smoothing, *names)
+            solved_on = _with_former(remembered[names], rules.smoothing, latest)
             return _solve_d(solved_on, at.prior, rules).mixture
 
         return AdaptiveBudget(
@@ -546,17 +551,10 @@ def _verdict(
     return rules.policy, "; ".join(filter(None, [reason, solution.reason]))
 
 
-def _averaged(
-    former: Sequence[InfluenceMatrix], smoothing: float, latest: InfluenceMatrix
-) -> InfluenceMatrix:
-    """Return what is solved on: the latest influence, averaged with what was measured before."""
-    remembered = FormerInfluence(former, smoothing, latest.tasks, latest.domains)
-    return _with_former(remembered, smoothing, latest)
-
-
 def _with_former(
     former: FormerInfluence, smoothing: float, latest: InfluenceMatrix
 ) -> InfluenceMatrix:
+    """Return what is solved on: the latest influence, averaged with what was measured before."""
     return former.averaged_with(latest) if smoothing else latest
 
 
