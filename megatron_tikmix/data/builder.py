@@ -6,8 +6,8 @@ from pathlib import Path
 from megatron_tikmix.config import MixtureSections
 from megatron_tikmix.data.domain_stream import DomainStream, some_documents
 from megatron_tikmix.data.domains import DomainManifest
+from megatron_tikmix.data.open_files import TokenFile
 from megatron_tikmix.data.tasks import Task, build_task
-from megatron_tikmix.data.token_files import TokenFile
 from megatron_tikmix.errors import InputError
 from megatron_tikmix.influence.matrix import OWN_ROW
 from megatron_tikmix.megatron.samples import DocumentBoundaries

@@ -18,7 +18,8 @@ from megatron.core.datasets.utils import Split
 from torch.utils.data import get_worker_info
 
 from megatron_tikmix.data.domains import DomainSplit
-from megatron_tikmix.data.token_files import AGAIN, RecentlyUsed, TokenFile
+from megatron_tikmix.data.open_files import RecentlyUsed, TokenFile
+from megatron_tikmix.data.token_files import AGAIN
 from megatron_tikmix.errors import InputError
 from megatron_tikmix.megatron.samples import Sample
 from megatron_tikmix.seeds import derived_seed

@@ -1,4 +1,20 @@
-"""InfluenceMatrix: what training on each domain does to each validation task."""
+"""InfluenceMatrix: what training on each domain does to each validation task.
+
+Influence S_ij looks at one domain at a time: whatever points a task's way is credited with all of
+it. A near-duplicate is credited twice, and a text of the right words in the wrong order as much
+as the real one, for early in training most of a gradient is about which words there are. Asked
+together, domains share the credit (:func:`joint_influence`). With the gradients g_j of the domains
+and f_i of the task, and in the metric of the curvature, a step along Σ_j a_j g_j lowers the loss,
+to second order, by
+
+    s_iᵀa − ½ aᵀG a      s_ij = ⟨f_i, g_j⟩,  G_jk = ⟨g_j, g_k⟩
+
+where the Hessian is taken to act on these few directions as the metric does. The most it can be
+with a ≥ 0 is at the non-negative least squares fit of f_i by the g_j: the joint influence.
+
+Averaged over boundaries (:class:`FormerInfluence`), draws of S average out, at the price of looking
+back.
+"""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -168,20 +184,6 @@ class InfluenceMatrix:
         return f"{self.values_VD[v, d]:+.3g}{error}"
 
 
-# Joint influence: how much of each domain a task's gradient is made of.
-#
-# Influence S_ij looks at one domain at a time: whatever points a task's way is credited with all of
-# it. A near-duplicate is credited twice, and a text of the right words in the wrong order as much
-# as the real one, for early in training most of a gradient is about which words there are. Asked
-# together, domains share the credit. With the gradients g_j of the domains and f_i of the task, and
-# in the metric of the curvature, a step along Σ_j a_j g_j lowers the loss, to second order, by
-#
-# s_iᵀa − ½ aᵀG a      s_ij = ⟨f_i, g_j⟩,  G_jk = ⟨g_j, g_k⟩
-#
-# where the Hessian is taken to act on these few directions as the metric does. The most it can be
-# with a ≥ 0 is at the non-negative least squares fit of f_i by the g_j: the joint influence.
-
-
 OWN_ROW = "domain:"
 """A row of this and a domain's name holds its influence on fresh samples of that domain itself."""
 
@@ -254,9 +256,6 @@ def _errors(fits_VD: Array, gram_DD: Array, errors_VD: Array) -> Array:
             inverse = np.linalg.inv(gram_DD[np.ix_(kept, kept)])
             found_D[kept] = np.sqrt((inverse**2) @ error_D[kept] ** 2)
     return found_VD
-
-
-# Influence averaged over boundaries: draws of S average out, at the price of looking back.
 
 
 FORGOTTEN = 2.0**-60

@@ -1,4 +1,7 @@
-"""What a probe reads: a seeded stream of its own, and the tasks' items that decide."""
+"""InfluenceProbe: validation gradients kept once, and sub-batches of domains measured against them.
+
+It reads a seeded stream of its own, and the items of tasks that decide (:class:`ProbeData`).
+"""
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -95,9 +98,6 @@ class ProbeData:
             size=size,
             multiple=self._multiple,
         )
-
-
-# InfluenceProbe: validation gradients kept once, sub-batches of domains measured against them.
 
 
 class InfluenceProbe:

@@ -1,4 +1,14 @@
-"""What a rollout reads: samples blended by a candidate, and the tasks' items that decide."""
+"""Rollouts: short real continuations under candidate mixtures, undone afterwards.
+
+::
+
+    snapshot ─ losses before ─┬─ restore ─ k steps on candidate 1 ─ losses after
+                              ├─ restore ─ k steps on candidate 2 ─ losses after
+                              └─ ...                                  restore, release
+
+They read samples blended by a candidate, and the items of tasks that decide (:class:`RolloutData`).
+A solver on rank 0 asks for them through a :class:`RolloutService`, in which every rank takes part.
+"""
 
 import itertools
 import math
@@ -100,15 +110,6 @@ class RolloutData:
         schedule.append(0, dict(zip(self.domains, weights_D.tolist(), strict=True)))
         loader = DataParallelLoader(BlendedDataset(schedule, streams), num_workers=0, **self._share)
         return loader.interval(0, iters * self.global_batch_size)
-
-
-# Rollouts: short real continuations under candidate mixtures, undone afterwards.
-#
-# ::
-#
-# snapshot ─ losses before ─┬─ restore ─ k steps on candidate 1 ─ losses after
-# ├─ restore ─ k steps on candidate 2 ─ losses after
-# └─ ...                                  restore, release
 
 
 Made = TypeVar("Made")
@@ -351,9 +352,6 @@ def _tokens(batches: list[Sample]) -> int:
 
 def _in_words(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
-
-
-# A solver on rank 0 that asks for rollouts, in which every rank must take part.
 
 
 Solution = TypeVar("Solution")

@@ -1,7 +1,8 @@
-"""The smooth part of the surrogate: two regressions of an outcome on the mixture's weights.
+"""MixtureSurrogate: what a mixture would do to each task, learnt from measured candidates.
 
-Both take weights of any size, zeros included, and a standardised outcome (mean 0, standard
-deviation 1), and have ``fit(weights_ND, outcome_N)`` and ``predict(weights_ND) -> (N,)``.
+Its smooth part is two regressions of an outcome on the mixture's weights. Both take weights of any
+size, zeros included, and a standardised outcome (mean 0, standard deviation 1), and have
+``fit(weights_ND, outcome_N)`` and ``predict(weights_ND) -> (N,)``.
 """
 
 from dataclasses import dataclass
@@ -177,9 +178,6 @@ def _ridge_slope(features_ND: Array, outcome_N: Array) -> Array:
         return np.linalg.solve(gram, centred_ND.T @ outcome_N)
     gram = centred_ND @ centred_ND.T + penalty * np.eye(count)
     return centred_ND.T @ np.linalg.solve(gram, outcome_N)
-
-
-# MixtureSurrogate: what a mixture would do to each task, learnt from measured candidates.
 
 
 FEWEST_CANDIDATES = 10

@@ -1,4 +1,7 @@
-"""Checkpoints: megatron-core's dist_checkpointing, and the mixture's schedule beside it."""
+"""Checkpoints: megatron-core's dist_checkpointing, and the mixture's schedule beside it.
+
+A checkpoint's fingerprint says what a resumed run must have in common with it.
+"""
 
 import json
 import logging
@@ -37,12 +40,12 @@ from megatron_tikmix.training.checkpoint_files import (
     RECORD,
     CheckpointFolder,
     Manifest,
-    ShardSaving,
     damage,
     measured,
     read_record,
     write_whole,
 )
+from megatron_tikmix.training.checkpoint_writer import ShardSaving
 from megatron_tikmix.training.state import LossSpikes, TrainState
 
 _log = logging.getLogger(__name__)
@@ -365,9 +368,6 @@ def _follow_configuration(saved: Any, groups: Sequence[dict[str, Any]]) -> None:
         for group in value:
             configured = own.get(tuple(group.get(name) for name in _IDENTITY), {})
             group.update({name: configured[name] for name in _CONFIGURED if name in configured})
-
-
-# What a resumed run must have in common with its checkpoint, and what differs.
 
 
 # What makes two models of the same configuration class different ones.

@@ -1,4 +1,4 @@
-"""What a run is going to do and what its probe costs, in words, before it starts."""
+"""What a run is going to do, what its probe costs and what it needs of memory, before it starts."""
 
 import math
 import resource
@@ -195,9 +195,6 @@ def _probe(config: RunConfig, world_size: int, data: TrainingData) -> str:
     return text
 
 
-# What a rank's accelerator has to hold, from the configuration alone: an estimate.
-
-
 _GIB = 2**30
 
 
@@ -306,9 +303,6 @@ def _activations(config: RunConfig, vocab_size: int) -> int:
         layers *= 1 + (pp - 1) / (pp * stages)
     logits = padded_vocab_size(vocab_size, model) / tp * (width + 4)  # and their float32 softmax
     return int(tokens * (layers * per_token * width + (logits if pp == 1 else 0)))
-
-
-# How much memory this process has needed.
 
 
 def peak_memory_bytes(device: torch.device) -> int:

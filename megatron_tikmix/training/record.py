@@ -275,9 +275,6 @@ class Recorder:
         return beyond
 
 
-# What a run is started on, for `starts.jsonl`: versions, layout and device.
-
-
 PACKAGES = ("megatron-core", "torch", "numpy", "scipy", "clarabel", "lightgbm", "tokenizers")
 """Those that figures may depend on."""
 

@@ -1,4 +1,4 @@
-"""Loss spikes: losses far above what the domains of their samples had of late."""
+"""Where a run is: the only thing, besides the parameters, that a checkpoint must carry."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -47,9 +47,6 @@ class LossSpikes:
             return None
         self.count += 1
         return loss / usual
-
-
-# Where a run is: the only thing, besides the parameters, that a checkpoint must carry.
 
 
 @dataclass

@@ -102,11 +102,18 @@ def test_private_names_of_megatron_are_imported_in_two_files_only() -> None:
                 assert not private, f"{path} imports {private}"
 
 
-def test_a_fresh_interpreter_decides_without_torch() -> None:
+@pytest.mark.parametrize(
+    "modules",
+    [
+        ("decision.decide", "decision.explain", "mixture.schedule_file", "monitoring.report"),
+        ("cli.main", "cli.inspect", "cli.report", "cli.checkpoint", "cli.preprocess"),
+        ("training.checkpoint_files", "data.domains", "prepare.sources"),
+    ],
+)
+def test_a_fresh_interpreter_needs_no_torch_for(modules: tuple[str, ...]) -> None:
+    names = ", ".join(f"megatron_tikmix.{module}" for module in modules)
     code = (
-        "import sys\n"
-        "import megatron_tikmix.decision.decide, megatron_tikmix.decision.explain\n"
-        "import megatron_tikmix.mixture.schedule_file, megatron_tikmix.monitoring.report\n"
+        f"import sys, {names}\n"
         "sys.exit(any(name.split('.')[0] in ('torch', 'megatron') for name in sys.modules))"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

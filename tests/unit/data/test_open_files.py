@@ -7,8 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_tikmix.data import domain_stream
-from megatron_tikmix.data import token_files as open_files
+from megatron_tikmix.data import domain_stream, open_files
 from megatron_tikmix.data.dataset import BlendedDataset, DataParallelLoader
 from megatron_tikmix.data.domain_stream import DomainStream
 from megatron_tikmix.data.domains import DomainManifest

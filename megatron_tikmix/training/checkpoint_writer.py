@@ -1,0 +1,114 @@
+"""megatron-core's `dist_checkpointing.save`, such that no rank is left alone with a full disk.
+
+megatron-core tells every rank when a writer of tensors fails. It does not where rank 0 writes
+something by itself (`common.pt`, `.metadata`, `metadata.json`): the others then wait for it. Here
+these failures are noted, and raised afterwards with all the others.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies.async_utils import TemporalAsyncCaller
+
+from megatron_tikmix.megatron.collectives import first_problem, max_over_ranks
+from megatron_tikmix.megatron.faults import (
+    CheckpointException,
+    options_of_an_asynchronous_save,
+    results_past_sigterm,
+    results_without_a_process,
+    writes_of_one_rank,
+)
+from megatron_tikmix.megatron.groups import Parallel
+
+
+class ShardSaving:
+    """The writing of a checkpoint's shards, under way once this is made. Collective throughout.
+
+    Args:
+        in_background: a forked process writes, from the state as it is now, while training goes on.
+    """
+
+    def __init__(
+        self, sharded_state: dict[str, Any], path: Path, parallel: Parallel, *, in_background: bool
+    ) -> None:
+        self._parallel = parallel
+        self._problems: list[str] = []
+        self._caller = TemporalAsyncCaller()
+        results = results_past_sigterm() if in_background else results_without_a_process()
+        with _noted(self._problems), results:
+            request = dist_checkpointing.save(
+                sharded_state,
+                str(path),
+                async_sharded_save=True,
+                **options_of_an_asynchronous_save(),
+            )
+        assert request is not None
+        self._finalize = request.finalize_fns
+        try:
+            if in_background:
+                self._caller.schedule_async_call(request._replace(finalize_fns=[]))
+            elif request.async_fn is not None:
+                arguments = list(request.async_fn_args)
+                if request.preload_fn is not None:
+                    arguments[1] = request.preload_fn()
+                request.async_fn(*arguments, **request.async_fn_kwargs)
+        except OSError as error:  # no memory for a writer's process, say
+            self._problems.append(str(error))
+
+    def written(self) -> bool:
+        """Whether every rank's process has ended, so that finishing takes no time."""
+        done = self._caller.is_current_async_call_done(blocking=False, no_dist=True)
+        return max_over_ranks(float(not done), self._parallel) == 0
+
+    def finish(self) -> str | None:
+        """Wait for the writers, and write what tells of them.
+
+        Returns:
+            None; or, the same on every rank, why the checkpoint is not whole: the disk is full.
+        """
+        self._caller.is_current_async_call_done(blocking=True, no_dist=True)
+        # Also where something failed before: this save's results must not be taken for the next's.
+        with _noted(self._problems):
+            try:
+                for finalize in self._finalize:
+                    finalize()
+            except CheckpointException as error:  # on every rank; rank 0 knows why
+                self._problems.append(_first_failure(error))
+        return self._agreed()
+
+    def _agreed(self) -> str | None:
+        return first_problem(self._problems[0] if self._problems else None, self._parallel)
+
+
+@contextmanager
+def _noted(problems: list[str]) -> Iterator[None]:
+    """Add to `problems` what rank 0 could not write by itself."""
+
+    def noting(write: Callable[..., None]) -> Callable[..., None]:
+        def noted(*arguments: Any, **options: Any) -> None:
+            try:
+                write(*arguments, **options)
+            except (OSError, RuntimeError) as error:  # torch.save makes RuntimeErrors of them
+                problems.append(str(error))
+
+        return noted
+
+    places = writes_of_one_rank()
+    former = [(place, name, getattr(place, name)) for place, name in places]
+    for place, name, write in former:
+        setattr(place, name, noting(write))
+    try:
+        yield
+    finally:
+        for place, name, write in former:
+            setattr(place, name, write)
+
+
+def _first_failure(error: CheckpointException) -> str:
+    """The writer's own message; empty on the ranks that were not told."""
+    for rank, (failure, _) in sorted(error.failures.items()):
+        return f"{failure} (written by rank {rank})"
+    return "its writing failed on another rank"
