@@ -355,16 +355,16 @@ def _in_words(error: Exception) -> str:
 
 
 Solution = TypeVar("Solution")
-Probe = Callable[[ArrayLike], NDArray[np.float64]]
+Measure = Callable[[ArrayLike], NDArray[np.float64]]
 
 
 class RolloutService:
-    """Runs a solver on rank 0, with rollouts for its probe.
+    """Runs a solver on rank 0, with rollouts for what it measures.
 
     ::
 
         service = RolloutService(rollouts, seed=..., iters=40)
-        solution = service.run(lambda probe: solve_tikmix_m(influence, prior, probe=probe, ...))
+        solution = service.run(lambda measure: solve_tikmix_m(influence, prior, measure=measure))
 
     Args:
         seed, iters, repetitions: of :meth:`~megatron_tikmix.measure.rollouts.Rollouts.measure`.
@@ -377,10 +377,10 @@ class RolloutService:
         self._settings = {"seed": seed, "iters": iters, "repetitions": repetitions}
         self._out_of_step = False
 
-    def run(self, solve: Callable[[Probe], Solution]) -> Solution | None:
-        """`solve(probe)` on rank 0, the other ranks serving its probes. Collective.
+    def run(self, solve: Callable[[Measure], Solution]) -> Solution | None:
+        """`solve(measure)` on rank 0, the other ranks taking part in its rollouts. Collective.
 
-        `probe(weights_ND)` takes candidates as float64 or integer weights, (N, D), and returns
+        `measure(weights_ND)` takes candidates as float64 or integer weights, (N, D), and returns
         the drops of the tasks' losses, float64 (N, V), as
         :attr:`~megatron_tikmix.measure.rollouts.RolloutOutcomes.outcomes_NV`. It raises
         :class:`RolloutError` where rollouts fail; the solver may go on after that.
@@ -396,7 +396,7 @@ class RolloutService:
             self._serve()
             return None
         try:
-            solution = solve(self._probe)
+            solution = solve(self._request)
         except BaseException as error:
             self._dismiss(error)
             raise
@@ -406,7 +406,7 @@ class RolloutService:
 
     # On rank 0 ---------------------------------------------------------------------------
 
-    def _probe(self, weights_ND: ArrayLike) -> NDArray[np.float64]:
+    def _request(self, weights_ND: ArrayLike) -> NDArray[np.float64]:
         self._check_in_step()
         # What can be refused is refused before the other ranks hear of it.
         integers_ND = checked_weights(weights_ND, self._rollouts.data.domains)
