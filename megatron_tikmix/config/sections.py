@@ -527,7 +527,7 @@ class HostedConfig(MixtureSections):
     in which there is no reset (`remix.in_lr_decay`)."""
 
     run_dir: str = "runs/hosted"
-    """The run's folder: for its ledger, and for the indices of large domains (`data.path_to_cache`)."""
+    """The run's folder: its ledger, and the indices of large domains (`data.path_to_cache`)."""
 
     seed: int = 1234
     """Seed of the sample order."""
