@@ -66,7 +66,9 @@ def undocumented(tags: Sequence[str]) -> tuple[set[str], set[str]]:
 
 def documented_tags() -> Iterator[str]:
     """The tags in the first column of the table of tags, all that are between backticks."""
-    rows = re.findall(r"^\| (`.*`) \|", DOCUMENT.read_text(encoding="utf-8"), re.MULTILINE)
+    _, _, section = DOCUMENT.read_text(encoding="utf-8").partition("\n## TensorBoard\n")
+    section, _, _ = section.partition("\n## ")
+    rows = re.findall(r"^\| (`.*`) \|", section, re.MULTILINE)
     for row in rows:
         yield from re.findall(r"`([^`]+)`", row)
 
