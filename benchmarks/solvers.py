@@ -4,7 +4,7 @@
     python benchmarks/solvers.py --check      exit 1 if a figure of the targets is missed
     python benchmarks/solvers.py --json FILE  the same figures, for a script
 
-Every size is solved with the default constraints (Pareto, largest change 0.25); where it says
+Every size is solved within Pareto and a largest change of 0.25; where it says
 "cones", Pareto is held at a confidence of 0.95 given standard errors. Beside it stands plain
 SLSQP with numerical gradients, as the paper's text suggests it, on the same problem and machine:
 its time as a multiple of ours, and how far above the optimum it stops.

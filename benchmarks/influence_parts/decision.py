@@ -32,7 +32,7 @@ def reference_bank(settings: Settings, found: Trained) -> SubBatchBank:
 
 @dataclass(frozen=True)
 class Decision:
-    """Solves as a boundary does after an interval of the uniform mixture, by `remix`'s defaults."""
+    """Solves as after an interval of the uniform mixture, with the linear gain and the entropy."""
 
     prior: Mixture
     remix: RemixConfig = field(default_factory=RemixConfig)

@@ -13,9 +13,6 @@ from megatron_tikmix.solve.objective import Preset
 class ConstraintsConfig(MixtureConstraints):
     """Limits that every mixture decided at a boundary must respect."""
 
-    max_total_variation: float | None = None
-    """Largest change per reset, ½ Σ_j |w_j - prior_j|; None: no limit."""
-
     pareto: bool = False
     """No task may gain less than under the mixture in force: S w ≥ S w_prior in every row. Always
     so with remix.preset paper."""
@@ -26,16 +23,16 @@ class ConstraintsConfig(MixtureConstraints):
     tokens that are left and the length of the next interval."""
 
     def __post_init__(self) -> None:
-        try:
-            super().__post_init__()
-        except InputError as error:
-            raise InputError(f"remix.constraints.{error}") from None
         for name in ("confidence", "pareto_slack"):
             require(
                 self.pareto or not getattr(self, name),
                 f"remix.constraints.{name}",
                 "is about Pareto: set remix.constraints.pareto true, or leave it out",
             )
+        try:
+            super().__post_init__()
+        except InputError as error:
+            raise InputError(f"remix.constraints.{error}") from None
         caps = self.max_epochs
         for value in caps.values() if isinstance(caps, dict) else [caps]:
             require(

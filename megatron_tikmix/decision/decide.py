@@ -322,12 +322,14 @@ class Decider:
         )
 
     def budget(self, at: Boundary, precision: float) -> AdaptiveBudget:
-        """Return the rule that adds sub-batches until the mixture is settled."""
-        rules = self.rules(at)
+        """Return the rule that adds sub-batches until the mixture is settled.
+
+        Every rank may make one; only the main rank, which knows all of `at`, may ask it.
+        """
         remembered: dict[Any, FormerInfluence] = {}  # a domain may be lost as the probe grows
 
         def solve(influence: InfluenceMatrix) -> Mixture:
-            latest = joint_influence(influence)
+            rules, latest = self.rules(at), joint_influence(influence)
             names = latest.tasks, latest.domains
             if names not in remembered:
                 former = self._history.before(at.ledger, rules.smoothing, has_own_rows(influence))
@@ -339,7 +341,7 @@ class Decider:
             precision,
             solve,
             defaultdict(float, self._task_weights),  # the domains' own rows weigh nothing
-            _generator(rules, "budget", at.stage),
+            _generator(self._seed, "budget", at.stage),
         )
 
     def decide(self, bank: SubBatchBank, at: Boundary, measure: Measure | None = None) -> Decision:
@@ -349,9 +351,13 @@ class Decider:
             measure: measures candidates for TiKMiX-M; None: by the influence that TiKMiX-D
                 solves on.
         """
-        return _decided(
-            Measured(bank), at.prior, self.rules(at), at.stage, at.ledger, self._history, measure
-        )
+        measured = Measured(bank)
+        try:
+            rules = self.rules(at)
+        except InputError as error:  # the other ranks wait for a decision, whatever it is
+            reason = f"no mixture can be decided: {error}"
+            return Decision(at.prior, source="kept", reason=reason, measured=measured)
+        return _decided(measured, at.prior, rules, at.stage, at.ledger, self._history, measure)
 
 
 def decide_again(
@@ -363,7 +369,8 @@ def decide_again(
 ) -> Decision:
     """Decide a stage of a run again, from its ledger alone.
 
-    Without arguments it is the decision that was made, to the bit where versions are the same.
+    Without arguments it is the decision that was made, to the bit where versions and
+    the number of threads (OMP_NUM_THREADS) are the same.
     TiKMiX-M takes the candidates that were measured then, whatever the goal.
 
     ::
@@ -378,7 +385,7 @@ def decide_again(
 
     Raises:
         InputError: there is no such stage, nothing was measured for it, its bank file is missing,
-            or an earlier version wrote the row.
+            an earlier version wrote the row, or the goal's task weights do not name its tasks.
     """
     rows = {row.stage: row for row in ledger}
     if stage not in rows or stage - 1 not in rows:
@@ -494,7 +501,7 @@ def _decided(
     found = Decision(prior, measured=measured)
     if (before := history.last_bank(ledger)) is not None:
         after = bank.of_tasks(rules.tasks)
-        stability = rank_stability(before, after, _generator(rules, "ranks", stage))
+        stability = rank_stability(before, after, _generator(rules.seed, "ranks", stage))
         found = replace(found, rank_stability=stability)
     matrix = bank.influence_matrix()
     former = history.before(ledger, rules.smoothing, has_own_rows(matrix))
@@ -512,7 +519,7 @@ def _decided(
         redrawn = _with_former(remembered, rules.smoothing, joint_influence(drawn))
         return _solve_d(redrawn, prior, rules).mixture
 
-    noise = sensitivity(bank, solve, _generator(rules, "redraw", stage)).total_variation
+    noise = sensitivity(bank, solve, _generator(rules.seed, "redraw", stage)).total_variation
     source, reason = _verdict(solution, prior, noise, rules)
     return replace(
         found,
@@ -607,8 +614,8 @@ def _solved(
     return solution, kept[0] if kept else None
 
 
-def _generator(rules: Rules, purpose: str, stage: int) -> np.random.Generator:
-    return np.random.default_rng(derived_seed(rules.seed, purpose, stage))
+def _generator(seed: int, purpose: str, stage: int) -> np.random.Generator:
+    return np.random.default_rng(derived_seed(seed, purpose, stage))
 
 
 def _lost(bank: SubBatchBank) -> str:

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
+from megatron_tikmix.errors import InputError
 from megatron_tikmix.influence.matrix import InfluenceMatrix
 from megatron_tikmix.mixture.mixture import Mixture
 from megatron_tikmix.solve.constraints import DomainGroup, MixtureConstraints
@@ -48,10 +49,19 @@ class Rules:
 
         A task that was not measured drops out of the goal; a domain that was not measured keeps
         its weight in `prior`, unless it is fixed to another one.
+
+        Raises:
+            InputError: the goal weighs a task that does not decide, or lacks one that was measured.
         """
         weights = self.goal.task_weights
         goal = self.goal
         if weights is not None and set(weights) != set(influence.tasks):
+            wrong = sorted((set(weights) - set(self.tasks)) | (set(influence.tasks) - set(weights)))
+            if wrong:
+                raise InputError(
+                    f"task_weights: they must name the deciding tasks, {', '.join(self.tasks)}; "
+                    f"different: {', '.join(wrong)}"
+                )
             goal = replace(goal, task_weights={name: weights[name] for name in influence.tasks})
         unknown = {name: prior[name] for name in prior if name not in influence.domains}
         constraints = self.constraints

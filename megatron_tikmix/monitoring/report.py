@@ -208,8 +208,8 @@ def _explained(former: StageRow, row: StageRow) -> list[Explanation]:
 
 
 def _parts(change: Change | None, total: float) -> list[str]:
-    """Return the parts in points; of an answer that is no certified optimum, only the change."""
-    if change is None:
+    """Return the parts in points; of an answer that they do not make up, only the change."""
+    if change is None or change.search:  # what TiKMiX-M measured is in no column
         return [DASH] * 6 + [signed(100 * total), DASH]
     most = max(change.gain, key=lambda task: abs(change.gain[task]))
     parts = (change.uniformity, change.diversity, change.constraints, change.shared, change.total)

@@ -308,6 +308,7 @@ def show_why(found: Explanation, console: Console) -> None:
 def _pushes(found: Explanation) -> list[list[str]]:
     """Return a row for each part: its push, and what it has made of the change, in points."""
     change = found.change
+    search = change.search if change else 0.0
     gains = change.gain if change else dict.fromkeys(found.gain)
     rows: list[tuple[str, float | None, float | None]] = [
         *((f"gain on {clean(task)}", push, gains[task]) for task, push in found.gain.items()),
@@ -315,6 +316,7 @@ def _pushes(found: Explanation) -> list[list[str]]:
         ("diversity", found.diversity, change.diversity if change else None),
         ("active constraints", found.constraints, change.constraints if change else None),
         ("all domains alike", found.shared, change.shared if change else None),
+        *([("outcomes that TiKMiX-M measured", None, search)] if search else []),
         ("sum", _sum(found), change.total if change else None),
     ]
     noise = change.noise if change else None

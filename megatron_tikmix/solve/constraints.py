@@ -94,6 +94,8 @@ class MixtureConstraints:
             )
         if not 0 <= self.pareto_slack < math.inf:
             raise InputError(f"pareto_slack is {self.pareto_slack}; it must be zero or more")
+        if confidence is not None and not self.pareto:
+            raise InputError("confidence is about Pareto: set pareto true, or leave it out")
         if confidence is not None and not 0.5 <= confidence < 1:
             raise InputError(
                 f"confidence is {confidence}; it must be from 0.5 to below 1, or None to take the "

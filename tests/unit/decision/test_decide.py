@@ -350,3 +350,18 @@ def test_a_decision_is_the_same_every_time() -> None:
     first, second = (decide(noise=0.2) for _ in range(2))
     assert first.mixture == second.mixture
     assert first.total_variation_noise == second.total_variation_noise
+
+
+# Other ranks than the main one --------------------------------------------------------------------
+
+
+def test_what_cannot_be_ruled_on_is_a_decision_for_the_others_wait() -> None:
+    at = boundary(interval_samples=0)
+    decision = decider({"max_epochs": 2.0}).decide(bank_of(0.01), at)
+    assert (decision.source, decision.mixture) == ("kept", at.prior)
+    assert "no mixture can be decided: epoch_caps: interval_tokens is 0" in (decision.reason or "")
+    assert decision.measured is not None
+
+
+def test_a_budget_is_made_on_ranks_that_do_not_know_what_was_consumed() -> None:
+    decider({"max_epochs": 2.0}).budget(boundary(consumed={}), 0.05)

@@ -215,3 +215,12 @@ def test_former_banks_are_read_once_and_forgotten_ones_never(tmp_path: Path) -> 
     assert len(history.before(ledger, 0.5, joint=True)) == 60
     assert read == [99]
     assert history.before(ledger, 0.0, joint=True) == []
+
+
+@pytest.mark.parametrize("weights", [{"t": 1.0}, {"t": 1.0, "u": 1.0, "typo": 2.0}])
+def test_a_goal_with_other_tasks_is_refused(weights: dict[str, float]) -> None:
+    ledger, _ = run(None, stages=1)
+    rules = ledger[1].rules
+    assert rules is not None
+    with pytest.raises(InputError, match="they must name the deciding tasks, t, u; different: "):
+        decide_again(ledger, 1, goal=replace(rules.goal, task_weights=weights))

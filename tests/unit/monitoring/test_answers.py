@@ -1,5 +1,6 @@
 """``tikmix inspect``: terms of a decision against numerical slopes, the rest by hand."""
 
+import io
 import json
 import re
 from dataclasses import replace
@@ -7,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import yaml
+from rich.console import Console
 
 from megatron_tikmix.cli.main import main
 from megatron_tikmix.decision.rules import Rules
@@ -15,6 +17,7 @@ from megatron_tikmix.influence.matrix import InfluenceMatrix
 from megatron_tikmix.jsonl import append_jsonl
 from megatron_tikmix.mixture.mixture import Mixture
 from megatron_tikmix.monitoring.answers import compare, influence, mixture, open_run, summary, why
+from megatron_tikmix.monitoring.tables import show_why
 from megatron_tikmix.solve.tikmix_d import solve_tikmix_d
 from tests.make_run import make_run
 from tests.solving import goal_of, limited
@@ -225,6 +228,15 @@ def test_a_kept_mixture_and_a_measured_one_are_noted(tmp_path):
     assert found.constraints is None
     assert "TiKMiX-M chose by measured candidates" in found.note
     assert "the mixture was kept" in found.note
+    # The lines that are printed add up here too.
+    console = Console(file=io.StringIO(), width=120)
+    show_why(found, console)
+    lines = console.file.getvalue().replace("−", "-").splitlines()
+    points = {line[:34].strip(): line.split()[-1] for line in lines if re.search(r"[+-]\d", line)}
+    total = float(points.pop("sum"))
+    parts = {name: part for name, part in points.items() if re.match("gain|unif|div|all|out", name)}
+    assert any(name.startswith("outcomes that TiKMiX-M measured") for name in parts)
+    assert sum(map(float, parts.values())) == pytest.approx(total, abs=0.04)
 
 
 def test_answers_hold_the_ledgers_numbers(tmp_path):

@@ -11,7 +11,7 @@ from scipy.optimize import brentq
 from megatron_tikmix.errors import InputError
 from megatron_tikmix.influence.matrix import InfluenceMatrix
 from megatron_tikmix.mixture.mixture import Mixture
-from megatron_tikmix.solve.constraints import DomainGroup, epoch_caps
+from megatron_tikmix.solve.constraints import DomainGroup, MixtureConstraints, epoch_caps
 from megatron_tikmix.solve.objective import Goal
 from megatron_tikmix.solve.tikmix_d import Problem
 from tests.solving import limited, solve_d
@@ -250,3 +250,8 @@ def test_the_limit_to_the_change_has_a_closed_form():
     np.testing.assert_allclose(
         solution.mixture.array(), [*(prior_D[:2] + gained(nu)), 0.5], atol=1e-7
     )
+
+
+def test_a_confidence_without_pareto_is_refused():
+    with pytest.raises(InputError, match="confidence is about Pareto"):
+        MixtureConstraints(confidence=0.9)
