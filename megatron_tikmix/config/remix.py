@@ -15,7 +15,7 @@ from megatron_tikmix.config.ranges import (
 )
 from megatron_tikmix.errors import InputError, require
 from megatron_tikmix.solve.constraints import MixtureConstraints
-from megatron_tikmix.solve.objective import Preset
+from megatron_tikmix.solve.objective import Gain, Preset
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +99,7 @@ class RemixConfig:
     and what only has the right words gets little. It keeps a gradient of each domain too: the
     memory and passes of as many more tasks. None: joint; marginal with preset paper."""
 
-    gain: Literal["linear", "log"] | None = None
+    gain: Gain | None = None
     """`linear` in a mixture's influence on a task, or its `log`arithm, since gains saturate: what a
     task gets much of already is worth less to it. None: log; linear with preset paper."""
 
