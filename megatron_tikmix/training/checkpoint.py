@@ -135,9 +135,17 @@ class Checkpointer:
         self._pending = _Pending(saving, unfinished, state.iteration, record)
         return True if self._async_save and not wait else self.finish()
 
-    def poll(self) -> None:
-        """Finish a save that is written by now. Collective while one is under way."""
-        if self._pending is not None and self._pending.saving.written():
+    def is_writing(self) -> bool:
+        """Whether a process of this rank still writes the save that is under way."""
+        return self._pending is not None and not self._pending.saving.written()
+
+    def poll(self, writing: bool) -> None:
+        """Finish a save that is written by now. Collective if one is.
+
+        Args:
+            writing: whether any rank :meth:`is_writing`.
+        """
+        if self._pending is not None and not writing:
             self.finish()
 
     def finish(self) -> bool:

@@ -10,8 +10,6 @@ from types import FrameType, TracebackType
 from typing import Any
 
 from megatron_tikmix.config import TrainConfig
-from megatron_tikmix.megatron.collectives import max_over_ranks
-from megatron_tikmix.megatron.groups import Parallel
 
 _log = logging.getLogger(__name__)
 
@@ -85,6 +83,10 @@ class SignalWatch:
 class Stopping:
     """Asked after every step, on every rank, whether the run ends here.
 
+    What a rank knows by itself, a signal and the time, it tells the others during a step, on the
+    device (`say` of :func:`~megatron_tikmix.megatron.step.train_step`): what comes after that ends
+    the run a step later.
+
     Args:
         signals: None where nobody listens.
         started: `time.monotonic()` at the start of the run, for `exit_duration_in_mins`.
@@ -93,24 +95,20 @@ class Stopping:
     def __init__(
         self,
         config: TrainConfig,
-        parallel: Parallel,
         signals: SignalWatch | None = None,
         started: float | None = None,
     ) -> None:
         self._interval = config.exit_interval
         self._minutes = config.exit_duration_in_mins
         self._started = time.monotonic() if started is None else started
-        self._parallel = parallel
         self._signals = signals
 
-    def reason(self, iteration: int) -> str | None:
-        """Why the run ends after `iteration`, the same on every rank; None: it goes on.
+    def reason(self, iteration: int, code: int) -> str | None:
+        """Why the run ends after `iteration`; None: it goes on.
 
-        Collective, in a job of more than one rank.
+        Args:
+            code: the largest :meth:`code` of any rank.
         """
-        code = self._code()
-        if self._parallel.world_size > 1:
-            code = int(max_over_ranks(code, self._parallel))
         if code > _OUT_OF_TIME:
             return signal.Signals(code).name
         if code == _OUT_OF_TIME:
@@ -119,7 +117,7 @@ class Stopping:
             return f"train.exit_interval ({self._interval})"
         return None
 
-    def _code(self) -> int:
+    def code(self) -> int:
         """This rank's own reason: the number of a signal, or that time is over, or 0."""
         if self._signals is not None and self._signals.received is not None:
             return self._signals.received
