@@ -159,6 +159,8 @@ def let_go_of_models() -> None:
     """
     from megatron.core.distributed import DistributedDataParallel
 
+    for name in ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN"):
+        os.environ.pop(name, None)  # with which it holds a process to one attention_backend
     for chunk in [each for each in gc.get_objects() if type(each) is DistributedDataParallel]:
         vars(chunk).clear()
     gc.collect()

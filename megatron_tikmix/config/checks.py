@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-import torch
+from megatron.core.transformer.enums import AttnBackend
 
 from megatron_tikmix.errors import require
 
@@ -81,20 +81,40 @@ UNSUPPORTED: dict[str, tuple[Callable[["RunConfig"], bool], str]] = {
 """What megatron-core has and cannot be used here yet, by field: whether it is used, and why not."""
 
 
+TORCH_ATTENTION = {
+    "window_size": None,
+    "softmax_type": "vanilla",
+    "attention_softmax_in_fp32": True,
+    "masked_softmax_fusion": False,
+    "deterministic_mode": False,  # flash sums gradients in any order
+}
+"""Fields on attention, and their one value with torch's scaled_dot_product_attention."""
+
+
 def check_supported(config: "RunConfig") -> None:
     """Refuse what megatron-core has and we cannot use yet."""
     for name, (used, reason) in UNSUPPORTED.items():
         require(not used(config), name, f"is not supported yet: {reason}; leave it at its default")
     model = config.model
-    # Transformer Engine's causal attention, fused kernels and windows pay no heed to a mask.
-    local = model.transformer_impl == "local" or (
-        model.transformer_impl == "auto" and not torch.cuda.is_available()
-    )
+    # Transformer Engine's causal attention and windows pay no heed to a mask.
     require(
-        not config.data.reset_attention_mask or (local and model.window_size is None),
+        not config.data.reset_attention_mask
+        or not (model.uses_transformer_engine or model.window_size),
         "data.reset_attention_mask",
         "needs model.transformer_impl local, and no model.window_size",
     )
+    require(
+        not (model.uses_transformer_engine and model.attention_backend is AttnBackend.local),
+        "model.attention_backend",
+        "local needs model.transformer_impl local",
+    )
+    for field, served in TORCH_ATTENTION.items() if model.uses_torch_attention else ():
+        require(
+            getattr(model, field) == served,
+            f"model.{field}",
+            f"({getattr(model, field)}) is not supported by torch's scaled_dot_product_attention; "
+            f"leave it at {served}, or set model.attention_backend local",
+        )
     require(model.calculate_per_token_loss, "model.calculate_per_token_loss", "must stay true")
 
 

@@ -36,7 +36,8 @@ _SHOWN = {
         attention_dropout init_method_std tensor_model_parallel_size
         pipeline_model_parallel_size virtual_pipeline_model_parallel_size sequence_parallel
         bf16 recompute_granularity position_embedding_type rotary_base rotary_percent
-        share_embeddings_and_output_weights make_vocab_size_divisible_by transformer_impl""",
+        share_embeddings_and_output_weights make_vocab_size_divisible_by transformer_impl
+        attention_backend""",
     "optimizer": "lr min_lr weight_decay adam_beta1 adam_beta2 adam_eps clip_grad",
     "ddp": "overlap_grad_reduce overlap_param_gather bucket_size grad_reduce_in_fp32",
 }

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_tikmix.errors import require
@@ -37,6 +38,13 @@ class GPTConfig(TransformerConfig):
     transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
     """Layer implementation; `auto` takes Transformer Engine on a GPU where it is installed."""
 
+    # A field of megatron-core, which heeds it with Transformer Engine only.
+    attention_backend: AttnBackend = AttnBackend.auto
+    """Without Transformer Engine, `flash` and `fused` are torch's scaled_dot_product_attention,
+    which takes memory linear in sequence_length; `local` and `unfused` are megatron-core's
+    DotProductAttention, which takes quadratic; `auto` is the former on a GPU and the latter on a
+    CPU. To Transformer Engine they are its own kernels, and it has no `local`."""
+
     # What GPTModel computes here must not depend on a knob that would silently change the loss.
     calculate_per_token_loss: bool = True
     """Losses and gradients are means over unmasked tokens; influence relies on it."""
@@ -63,6 +71,24 @@ class GPTConfig(TransformerConfig):
         self.params_dtype = self.pipeline_dtype = torch.bfloat16 if self.bf16 else torch.float32
         settle_pipeline(self)
         super().__post_init__()
+
+    @property
+    def uses_transformer_engine(self) -> bool:
+        """Whether layers come from Transformer Engine: on request, or on a GPU that has it."""
+        from megatron.core.extensions.transformer_engine import HAVE_TE
+
+        if self.transformer_impl != "auto":
+            return self.transformer_impl == "transformer_engine"
+        return torch.cuda.is_available() and bool(HAVE_TE)
+
+    @property
+    def uses_torch_attention(self) -> bool:
+        """Whether torch's attention stands in for megatron-core's, which keeps scores."""
+        if self.uses_transformer_engine:
+            return False
+        if self.attention_backend is AttnBackend.auto:
+            return torch.cuda.is_available()
+        return self.attention_backend in (AttnBackend.flash, AttnBackend.fused)
 
 
 def settle_pipeline(config: TransformerConfig) -> None:

@@ -31,6 +31,7 @@ from megatron.core.utils import unwrap_model
 
 from megatron_tikmix.config import GPTConfig
 from megatron_tikmix.errors import InputError
+from megatron_tikmix.megatron.attention import ScaledDotProductAttention
 from megatron_tikmix.megatron.groups import Parallel
 from megatron_tikmix.megatron.optimizer import distributed_optimizers
 from megatron_tikmix.seeds import derived_seed
@@ -42,33 +43,29 @@ def padded_vocab_size(vocab_size: int, config: GPTConfig) -> int:
     return math.ceil(vocab_size / multiple) * multiple
 
 
-def uses_transformer_engine(config: GPTConfig) -> bool:
-    """Whether layers come from Transformer Engine: on request, or on a GPU that has it.
+def layer_spec(config: GPTConfig) -> ModuleSpec:
+    """The transformer layer that `config` asks for.
 
     Raises:
-        InputError: it is asked for, and not installed.
+        InputError: Transformer Engine is asked for, and not installed.
     """
     from megatron.core.extensions.transformer_engine import HAVE_TE
 
-    if config.transformer_impl == "transformer_engine" and not HAVE_TE:
-        raise InputError(
-            "model.transformer_impl transformer_engine: Transformer Engine cannot be imported "
-            "here; install it, or use local, or auto, which takes it where it is"
-        )
-    if config.transformer_impl != "auto":
-        return config.transformer_impl == "transformer_engine"
-    return torch.cuda.is_available() and bool(HAVE_TE)
-
-
-def layer_spec(config: GPTConfig) -> ModuleSpec:
-    """The transformer layer that `config` asks for."""
-    if uses_transformer_engine(config):
+    if config.uses_transformer_engine:
+        if not HAVE_TE:
+            raise InputError(
+                "model.transformer_impl transformer_engine: Transformer Engine cannot be imported "
+                "here; install it, or use local, or auto, which takes it where it is"
+            )
         return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
-    return with_torch_norm(
+    spec = with_torch_norm(
         get_gpt_layer_local_spec(
             qk_layernorm=config.qk_layernorm, normalization=config.normalization
         )
     )
+    if config.uses_torch_attention:
+        spec.submodules.self_attention.submodules.core_attention = ScaledDotProductAttention
+    return spec
 
 
 def block_spec(
@@ -227,6 +224,7 @@ _PACKAGES = {
     "megatron.core": "megatron-core",
     "megatron.core.fusions.fused_layer_norm": "Apex",
     "megatron.core.extensions.transformer_engine": "Transformer Engine",
+    "megatron_tikmix.megatron.attention": "torch",
 }
 
 

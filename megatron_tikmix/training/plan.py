@@ -276,11 +276,12 @@ def plan_memory(
 
 def _activations(config: RunConfig, vocab_size: int) -> int:
     """After Korthikanti et al., "Reducing Activation Recomputation in Large Transformer Models"
-    (arXiv 2205.05198), section 4, for these shapes, without dropout's masks.
+    (arXiv 2205.05198), section 4, for these shapes, without hidden dropout's masks.
 
     The first pipeline stage holds as many micro-batches as there are stages, so all of the model's
-    layers for one of them, and a little more where stages are interleaved. Flash attention
-    (Transformer Engine) and selective recomputation keep no scores.
+    layers for one of them, and a little more where stages are interleaved. Only megatron-core's own
+    attention keeps scores, and not with selective recomputation. A mask of documents is kept once a
+    micro-batch: as bool, and for torch's attention in the model's type too.
     """
     model, batch = config.model, config.train.micro_batch_size
     tp, pp = model.tensor_model_parallel_size, model.pipeline_model_parallel_size
@@ -289,20 +290,28 @@ def _activations(config: RunConfig, vocab_size: int) -> int:
     query = model.num_attention_heads * model.kv_channels
     keys = 2 * (model.num_query_groups or model.num_attention_heads) * model.kv_channels
     whole = 4 * hidden  # the inputs of two norms, of attention and of the MLP
-    split = 2 * query + keys + (3 if model.gated_linear_unit else 2) * ffn
+    gated = 3 if model.bias_activation_fusion else 5  # both halves, then each once more, product
+    split = 2 * query + keys + (gated if model.gated_linear_unit else 2) * ffn
     per_token = whole / (tp if model.sequence_parallel else 1) + split / tp
-    scores = model.num_attention_heads * config.data.sequence_length / tp  # and their softmax
-    flash = model.transformer_impl == "transformer_engine"
+    flash = model.uses_transformer_engine or model.uses_torch_attention
     if not flash and model.recompute_granularity != "selective":
-        per_token += 2 * scores
+        scores = model.num_attention_heads * config.data.sequence_length / tp
+        copies = 3.0 if model.bf16 and model.attention_softmax_in_fp32 else 1.0
+        if model.attention_dropout:
+            copies += 1 + 1 / width  # what is left of them, and a mask
+        per_token += copies * scores  # after softmax
     if model.recompute_granularity == "full":
         per_token = hidden / (tp if model.sequence_parallel else 1)
-    layers: float = model.num_layers
+    in_flight: float = pp
     stages = model.virtual_pipeline_model_parallel_size
     if stages and pp > 1:
-        layers *= 1 + (pp - 1) / (pp * stages)
+        in_flight += (pp - 1) / stages
+    layers = model.num_layers / pp * in_flight
+    mask = 0.0
+    if config.data.reset_attention_mask:
+        mask = in_flight * config.data.sequence_length * (1 + width * model.uses_torch_attention)
     logits = padded_vocab_size(vocab_size, model) / tp * (width + 4)  # and their float32 softmax
-    return int(tokens * (layers * per_token * width + (logits if pp == 1 else 0)))
+    return int(tokens * (layers * per_token * width + mask + (logits if pp == 1 else 0)))
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -17,6 +17,11 @@ LAYOUTS = {
         "model.tensor_model_parallel_size": 2,
         "model.sequence_parallel": True,
     },
+    "sequence parallel with torch's attention": {
+        "model.tensor_model_parallel_size": 2,
+        "model.sequence_parallel": True,
+        "model.attention_backend": "flash",
+    },
     "pipeline parallel": {"model.pipeline_model_parallel_size": 2},
     "interleaved pipeline parallel": {
         "model.pipeline_model_parallel_size": 2,

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from megatron.core.transformer.enums import AttnBackend
 
 from megatron_tikmix.config import (
     ConstraintsConfig,
@@ -17,7 +18,7 @@ from megatron_tikmix.config import (
     TrainConfig,
     load_config,
 )
-from megatron_tikmix.config.checks import UNSUPPORTED
+from megatron_tikmix.config.checks import TORCH_ATTENTION, UNSUPPORTED
 from megatron_tikmix.errors import InputError
 
 
@@ -128,6 +129,35 @@ def test_what_cannot_be_used_yet_is_refused_by_name_with_the_reason(path: str) -
         reason = UNSUPPORTED[name][1]
         with pytest.raises(InputError, match=rf"{name} is not supported yet: {reason}"):
             used.check(1)
+
+
+OF_LOCAL_ATTENTION = {
+    "window_size": (8, 0),
+    "softmax_type": "off-by-one",
+    "attention_softmax_in_fp32": False,
+    "masked_softmax_fusion": True,
+    "deterministic_mode": True,
+}
+
+
+@pytest.mark.parametrize("field", TORCH_ATTENTION)
+def test_what_torchs_attention_has_not_is_refused(field: str, path: str) -> None:
+    config, _ = load_config([path])
+    setattr(config.model, field, OF_LOCAL_ATTENTION[field])
+    config.check(1)
+    config.model.attention_backend = AttnBackend.flash
+    with pytest.raises(InputError, match=rf"model.{field} .* or set model.attention_backend local"):
+        config.check(1)
+    setattr(config.model, field, TORCH_ATTENTION[field])
+    config.check(1)
+
+
+def test_transformer_engine_has_no_local_attention(path: str) -> None:
+    config, _ = load_config([path, "--model.attention_backend", "local"])
+    config.check(1)
+    config.model.transformer_impl = "transformer_engine"
+    with pytest.raises(InputError, match=r"model.attention_backend local needs model.transformer"):
+        config.check(1)
 
 
 def test_sequence_parallelism_needs_a_sequence_that_tensor_ranks_divide(path: str) -> None:

@@ -63,13 +63,12 @@ def losses(run: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("backend", ["local", "flash"])
 def test_a_document_does_not_see_the_one_before_it(
-    settings: dict[str, Any], tmp_path: Path, masked: bool
+    settings: dict[str, Any], tmp_path: Path, backend: str, masked: bool
 ) -> None:
-    with (
-        one_rank(overridden(settings, {"data.reset_attention_mask": masked}), tmp_path) as run,
-        torch.no_grad(),
-    ):
+    fields = {"data.reset_attention_mask": masked, "model.attention_backend": backend}
+    with one_rank(overridden(settings, fields), tmp_path) as run, torch.no_grad():
         run.forward_backward.model[0].eval()
         sample = stack([run.streams[0][0]])
         sample["tokens"][0, 10] = EOD

@@ -10,7 +10,7 @@ from megatron.core.extensions import transformer_engine
 from megatron_tikmix.config import GPTConfig
 from megatron_tikmix.errors import InputError
 from megatron_tikmix.megatron import model as kernels
-from megatron_tikmix.megatron.model import kernels_in_use, layer_spec, uses_transformer_engine
+from megatron_tikmix.megatron.model import kernels_in_use, layer_spec
 from megatron_tikmix.training.loop import Run
 
 
@@ -55,12 +55,12 @@ SHAPE = {"num_layers": 1, "hidden_size": 8, "num_attention_heads": 2}
 def test_transformer_engine_is_used_on_request(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = GPTConfig(**SHAPE, transformer_impl="transformer_engine")
     monkeypatch.setattr(transformer_engine, "HAVE_TE", True)
-    assert uses_transformer_engine(asked)
-    assert not uses_transformer_engine(GPTConfig(**SHAPE, transformer_impl="local"))
+    assert asked.uses_transformer_engine
+    assert not GPTConfig(**SHAPE, transformer_impl="local").uses_transformer_engine
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert uses_transformer_engine(GPTConfig(**SHAPE))
+    assert GPTConfig(**SHAPE).uses_transformer_engine
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert not uses_transformer_engine(GPTConfig(**SHAPE)), "it needs a GPU"
+    assert not GPTConfig(**SHAPE).uses_transformer_engine, "it needs a GPU"
 
 
 def test_transformer_engine_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

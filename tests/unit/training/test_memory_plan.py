@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from megatron_tikmix.megatron.samples import stack
-from megatron_tikmix.megatron.step import forward_step
 from megatron_tikmix.training.loop import train_interval
 from megatron_tikmix.training.plan import in_short, plan_memory
 from tests.conftest import VOCAB_SIZE, overridden
@@ -48,6 +47,21 @@ def test_the_plan_is_what_a_run_holds(bf16: bool, settings: dict[str, Any], tmp_
             assert planned.activations == pytest.approx(activations(run), rel=0.25)
 
 
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("backend", ["local", "flash"])
+def test_the_plan_knows_what_attention_keeps(
+    backend: str, masked: bool, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    long = {
+        "data.sequence_length": 512,
+        "data.reset_attention_mask": masked,
+        "model.attention_backend": backend,
+    }
+    with one_rank(overridden(settings, {**SHAPE, **long}), tmp_path) as run:
+        planned = plan_memory(run.config, 1, VOCAB_SIZE, kept_gradients=0).activations
+        assert planned == pytest.approx(activations(run), rel=0.15)
+
+
 def activations(run: Any) -> int:
     """Bytes that autograd keeps of one micro-batch's forward pass, parameters apart."""
     (model,) = run.forward_backward.model
@@ -62,7 +76,7 @@ def activations(run: Any) -> int:
 
     batch = stack([run.streams[0][k] for k in range(run.config.train.micro_batch_size)])
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        output, loss_func = forward_step(iter([batch]), model)
+        output, loss_func = run.forward_backward.forward_step_func(iter([batch]), model)
         loss_func(output)
     return sum(storage.nbytes() for storage in kept.values())
 
