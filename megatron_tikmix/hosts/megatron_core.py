@@ -34,7 +34,7 @@ from megatron_tikmix.megatron.groups import Parallel
 from megatron_tikmix.megatron.optimizer import distributed_optimizers
 from megatron_tikmix.megatron.samples import DocumentBoundaries
 from megatron_tikmix.megatron.step import ForwardBackward
-from megatron_tikmix.training.build import load_data, together
+from megatron_tikmix.training.build import load_data, make_on_all_ranks
 
 __all__ = [
     "Boundary",
@@ -54,7 +54,7 @@ def open_data(config: HostedConfig, parallel: Parallel) -> TrainingData:
     Raises:
         InputError: on every rank: data that cannot be trained on.
     """
-    return together(parallel, lambda: load_data(config))
+    return make_on_all_ranks(parallel, lambda: load_data(config))
 
 
 def build_remixer(
@@ -84,7 +84,7 @@ def build_remixer(
     Raises:
         InputError: on every rank: what cannot be measured, with the reason.
     """
-    together(parallel, lambda: _check(config, data, model, optimizer, parallel))
+    make_on_all_ranks(parallel, lambda: _check(config, data, model, optimizer, parallel))
     if config.needs_rollouts and opt_param_scheduler is None:
         raise InputError("rollouts and audits need the loop's opt_param_scheduler")
     forward_backward = ForwardBackward(

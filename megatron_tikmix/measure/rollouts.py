@@ -178,7 +178,7 @@ class Rollouts:
         what = f"{weights_ND.tolist()} {seed} {iters} {repetitions}"
         check_same_on_all_ranks(what, "what rollouts are asked for", self.parallel)
         plan = _Plan(weights_ND, seed, iters, repetitions)
-        snapshot = self._together(
+        snapshot = self._make_on_all_ranks(
             partial(TrainingSnapshot, self._model, self._optimizer, self._scheduler),
             "training's state cannot be copied for rollouts",
         )
@@ -212,12 +212,12 @@ class Rollouts:
     ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """The losses before, (V,), and the drops, (R, N, V)."""
         N, V = len(plan.weights_ND), len(self.data.tasks)
-        items = self._together(self.data.of_tasks)
+        items = self._make_on_all_ranks(self.data.of_tasks)
         before_V = self._task_losses(items, plan)
         drops_RNV = np.full((plan.repetitions, N, V), np.nan)
         for r in range(plan.repetitions):
             seed = derived_seed(plan.seed, r)
-            streams = self._together(partial(self.data.streams, seed))
+            streams = self._make_on_all_ranks(partial(self.data.streams, seed))
             for n, weights_D in enumerate(plan.weights_ND):
                 snapshot.restore(seed)
                 if self._steps(streams, weights_D, seed, plan):
@@ -231,12 +231,12 @@ class Rollouts:
         self, streams: Sequence[DomainStream], weights_D: np.ndarray, seed: int, plan: "_Plan"
     ) -> bool:
         """Train on a candidate; False, on every rank, as soon as a loss or gradient is lost."""
-        blended = self._together(
+        blended = self._make_on_all_ranks(
             partial(self.data.blended, streams, weights_D, seed=seed, iters=plan.iters)
         )
         for _ in range(plan.iters):
             # Read first: a rank that cannot must say so before the others are in the step.
-            micro_batches = self._together(partial(self._next_batch, blended))
+            micro_batches = self._make_on_all_ranks(partial(self._next_batch, blended))
             result = train_step(
                 self._forward_backward,
                 iter(micro_batches),
@@ -265,7 +265,7 @@ class Rollouts:
         loss_V, tokens_V = sum_over_ranks(torch.stack(totals), self.parallel).unbind(dim=1)
         return (loss_V / tokens_V).numpy()
 
-    def _together(
+    def _make_on_all_ranks(
         self, make: Callable[[], Made], failure: str = "the data of a rollout cannot be read"
     ) -> Made:
         """`make()`, which needs no other rank, or an error on every rank if one rank fails."""
