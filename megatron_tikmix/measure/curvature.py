@@ -1,7 +1,7 @@
-"""Inverse curvature H⁻¹, applied to a gradient. A new one is a new class with this interface.
+"""Inverse curvature H⁻¹, applied to a gradient. To add one, write a class with this interface.
 
-The classes do not talk to other ranks: what has to be summed over ranks comes in as an argument,
-from :func:`fit_curvature`, which makes them.
+The classes do not communicate: :func:`fit_curvature`, which makes them, sums over ranks and passes
+the sums as arguments.
 """
 
 from collections.abc import Callable, Iterator
@@ -16,16 +16,16 @@ from megatron_tikmix.megatron.groups import Parallel
 
 
 class Curvature(Protocol):
-    """Anything that can stand for H⁻¹.
+    """An approximation of H⁻¹.
 
     Attributes:
-        name: what was used, as the ledger has it.
+        name: its name in the ledger.
     """
 
     name: str
 
     def precondition(self, gradient_P: torch.Tensor) -> torch.Tensor:
-        """H⁻¹ g on this rank's parameters, float32 (P,) to (P,); may overwrite `gradient_P`."""
+        """Return H⁻¹ g on this rank's parameters, float32 (P,); may overwrite `gradient_P`."""
         ...
 
 
@@ -46,7 +46,7 @@ class DampedDiagonal:
     parameters that never had a gradient would dominate.
 
     Args:
-        name: where v comes from.
+        name: its name in the ledger, by the origin of v.
         second_moment_P: v of this rank's parameters, float32 (P,); overwritten.
         mean_root: mean of √v over all parameters that count, each once and vocabulary padding
             left out (the padding depends on the layout).
@@ -57,8 +57,8 @@ class DampedDiagonal:
         self, name: str, second_moment_P: torch.Tensor, *, mean_root: float, damping: float
     ) -> None:
         self.name = name
-        # In place: v may be as large as the model. Where there never was a gradient, any scale
-        # will do that is finite.
+        # In place, since v may be as large as the model. Parameters that never had a gradient need
+        # only a finite scale.
         self._scale_P = second_moment_P.sqrt_().add_(damping * mean_root or 1.0).reciprocal_()
 
     def precondition(self, gradient_P: torch.Tensor) -> torch.Tensor:
@@ -71,10 +71,10 @@ def fit_curvature(
     parallel: Parallel,
     domain_gradients: Callable[[], Iterator[torch.Tensor]],
 ) -> Curvature:
-    """The curvature of `config`, fitted at the parameters as they are. Collective.
+    """Fit the curvature that `config` names at the present parameters. Collective.
 
-    `adam` before the optimizer's first step (or with weights that came without its state) is
-    `squared_gradients` instead, and says so in its name.
+    Before the optimizer's first step (or with weights loaded without its state), `adam` is replaced
+    by `squared_gradients`, and its name says so.
 
     Args:
         domain_gradients: mean gradients of fresh sub-batches, this rank's shard, float32 (P,);
@@ -98,7 +98,7 @@ def fit_curvature(
 def _mean_square(
     gradients: Iterator[torch.Tensor], shards: OptimizerShards, parallel: Parallel
 ) -> torch.Tensor:
-    """Mean of the squared gradients that are finite, (P,): the probe's own second moment."""
+    """Return the mean of squared gradients, without those that are not finite, (P,)."""
     total_P, count = torch.zeros(shards.numel, device=shards.device), 0
     for gradient_P in gradients:
         if not _somewhere(not torch.isfinite(gradient_P).all().item(), parallel):

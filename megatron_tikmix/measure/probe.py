@@ -101,7 +101,7 @@ class ProbeData:
 
 
 class InfluenceProbe:
-    """Measures a :class:`SubBatchBank` at the parameters as they are, in as many helpings as asked.
+    """Measures a :class:`SubBatchBank` at the present parameters, in one or several calls of `add`.
 
     ::
 

@@ -124,7 +124,7 @@ def left_alone(error: RuntimeError, place: str, parallel: Parallel) -> TrainingE
         elif not parallel.is_main:
             missing = "rank 0"
     return TrainingError(
-        f"rank {parallel.rank} waited in vain during {place}: {missing} is stuck or gone; see what "
+        f"rank {parallel.rank} got no answer during {place}: {missing} is stuck or gone; see what "
         f"it says, and start again to resume from the newest checkpoint ({text[:200]})"
     )
 
