@@ -136,7 +136,7 @@ class StageBlend:
         return counts_D.copy()
 
     def check_counts(self, n_samples: int, counts_D: Counts) -> bool:
-        """Return whether these can be the counts after `n_samples`: each within one of its quota."""
+        """Return whether these can be the counts after `n_samples`: all within one of the quota."""
         quota_D = n_samples * self._weights_D
         floor_D = quota_D >> _WEIGHT_BITS
         ceiling_D = -(-quota_D >> _WEIGHT_BITS)

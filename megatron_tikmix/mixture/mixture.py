@@ -89,7 +89,7 @@ class Mixture(Mapping[str, float]):
 
     @property
     def effective_domains(self) -> float:
-        """exp(entropy), with natural log: D for a uniform mixture of D domains, 1 for one domain."""
+        """exp(entropy), natural logarithm: D for a uniform mixture of D domains, 1 for just one."""
         return math.exp(-math.fsum(w * math.log(w) for w in self.values() if w > 0))
 
     def array(self, domains: Sequence[str] | None = None) -> NDArray[np.float64]:

@@ -50,7 +50,7 @@ class SampleLocation(NamedTuple):
 
 
 class SampleLocations(NamedTuple):
-    """The samples of several global sample indices; int64 (N,) each, as in :class:`SampleLocation`."""
+    """The samples of N global sample indices; int64 (N,) each, as in :class:`SampleLocation`."""
 
     stages_N: NDArray[np.int64]
     domains_N: NDArray[np.int64]
@@ -96,8 +96,8 @@ class MixtureSchedule:
         """Use a mixture (or integer weights by name, sum 2³⁰) from `start_sample` on.
 
         Raises:
-            InputError: the first stage does not start at 0, a later one does not start a whole number
-                of blocks after the one before, or the mixture names other domains.
+            InputError: the first stage does not start at 0, a later one does not start a whole
+                number of blocks after the one before, or the mixture names other domains.
         """
         self._check_start(start_sample)
         if not isinstance(mixture, Mixture):
