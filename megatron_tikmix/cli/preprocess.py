@@ -318,7 +318,7 @@ def make_tokenizer(
 def earlier_splits(
     manifest: DomainManifest, named: Sequence[tuple[str, str]], replace: bool
 ) -> dict[tuple[str, str], DomainSplit]:
-    """What the manifest of an earlier run lists, by (domain, split), as far as it is to stay.
+    """Return the splits in an earlier run's manifest that are to be kept, by (domain, split).
 
     Raises:
         InputError: it was made with another tokenizer, and would not be replaced in whole.

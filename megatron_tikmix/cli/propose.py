@@ -88,12 +88,12 @@ def print_proposal(proposal: "Proposal") -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Proposal:
-    """What was measured at a checkpoint, and what follows; whole on the main rank."""
+    """The decision made on measurements at a checkpoint; complete on the main rank only."""
 
     at: Boundary
     decision: Decision
     prefixes: dict[str, str]
-    """Of each domain's training tokens, without .bin or .idx."""
+    """The path of each domain's training tokens, without .bin or .idx."""
 
     @property
     def data_path(self) -> list[str]:
