@@ -53,8 +53,8 @@ class InfluenceMatrix:
     """Standard errors of the values, the same shape and units; None when not known."""
 
     degrees_of_freedom: float | None = None
-    """Those of the standard errors, for Student's t (one less than the sub-batches of a domain);
-    None: the errors are taken as exact."""
+    """Degrees of freedom of the standard errors, for Student's t (one less than a domain's
+    sub-batches); None: the errors are taken as exact."""
 
     recorded: bool = False
     """True for a matrix read from a ledger, which may hold NaN and is for display only."""

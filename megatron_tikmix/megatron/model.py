@@ -43,10 +43,10 @@ def padded_vocab_size(vocab_size: int, config: GPTConfig) -> int:
 
 
 def uses_transformer_engine(config: GPTConfig) -> bool:
-    """Whether layers come from Transformer Engine: on request, or on a GPU that has it.
+    """Return whether layers come from Transformer Engine: on request, or on a GPU if installed.
 
     Raises:
-        InputError: it is asked for, and not installed.
+        InputError: it is requested, but not installed.
     """
     from megatron.core.extensions.transformer_engine import HAVE_TE
 

@@ -132,7 +132,7 @@ def _listed(iterations: list[int]) -> str:
 
 
 def _repetition(config: RunConfig, data: TrainingData) -> str:
-    """The domains seen most often, as far as the mixture is settled before training."""
+    """Say which domains are repeated most, as far as the mixture is fixed before training."""
     train, reset = config.train, config.first_reset()
     end = train.train_iters if reset is None else reset
     samples_D = planned_samples(
@@ -148,7 +148,7 @@ def _repetition(config: RunConfig, data: TrainingData) -> str:
 
 
 def _rollouts(config: RunConfig) -> str:
-    """What short continuations cost at one boundary, in iterations of training."""
+    """Say what short continuations cost at one boundary, in iterations of training."""
     if config.interval_iters is None or not config.decides or not config.needs_rollouts:
         return "none"
     parts = []
