@@ -54,7 +54,7 @@ class MixtureSolution:
     `pareto:<task>`."""
 
     certificate: Certificate | None
-    """Certificate of the mixture: that it is feasible, and a bound on its distance from the optimum;
+    """Certificate of the mixture: its feasibility, and a bound on its distance from the optimum;
     None for a fallback, and for TiKMiX-M, whose outcomes are predicted."""
 
     solver: str
