@@ -8,6 +8,7 @@ from pathlib import Path
 
 from jsonargparse import SUPPRESS, ArgumentError, ArgumentParser, set_parsing_settings
 
+from megatron_tikmix.config.ranges import out_of_range
 from megatron_tikmix.config.run import RunConfig
 from megatron_tikmix.errors import InputError
 
@@ -124,6 +125,13 @@ def _in_one_sentence(message: str, parser: ArgumentParser, file: str) -> str:
         return f"{file} is not valid UTF-8: {message}"
     message = message.replace("Unexpected config:", f"{file} holds no configuration:")
     message = message.replace("Problems parsing config", f"{file} is not readable YAML")
+    if refused := re.search(
+        r'key "(?P<key>[^"]+)":.*?(?P<value>\S+)? does not conform to restriction '
+        r"(?P<range>v\S+(?: and v\S+)*)(?:.*Given value: (?P<given>.+))?",
+        message,
+    ):
+        value = refused["given"] or refused["value"]
+        return out_of_range(refused["key"], value, refused["range"])
     unknown = re.search(
         r"Group '(?P<group>\S+)' does not accept option '(?P<key>\S+)'"
         r"|Option '(?P<name>\S+)' is not accepted|[Uu]nrecognized arguments: --(?P<option>[^\s=]+)",

@@ -1,12 +1,21 @@
 """Sections `remix`, `rollout` and `audit`: when and how the mixture is reset."""
 
-import math
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from megatron_tikmix.config.ranges import (
+    AtLeast4,
+    AtLeast16,
+    Confidence,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    Smoothing,
+    check_ranges,
+)
 from megatron_tikmix.errors import InputError, require
 from megatron_tikmix.solve.constraints import MixtureConstraints
-from megatron_tikmix.solve.objective import Preset
+from megatron_tikmix.solve.objective import Gain, Preset
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,12 +26,13 @@ class ConstraintsConfig(MixtureConstraints):
     """No task may gain less than under the mixture in force: S w ≥ S w_prior in every row. Always
     so with remix.preset paper."""
 
-    max_epochs: float | dict[str, float] | None = None
+    max_epochs: PositiveFloat | dict[str, PositiveFloat] | None = None
     """Passes over a domain's training tokens, counted over the whole run, that no reset may plan
     to exceed: one for all domains, or by name. It becomes an upper bound on the weight, from the
     tokens that are left and the length of the next interval."""
 
     def __post_init__(self) -> None:
+        check_ranges("remix.constraints", self)
         for name in ("confidence", "pareto_slack"):
             require(
                 self.pareto or not getattr(self, name),
@@ -33,13 +43,6 @@ class ConstraintsConfig(MixtureConstraints):
             super().__post_init__()
         except InputError as error:
             raise InputError(f"remix.constraints.{error}") from None
-        caps = self.max_epochs
-        for value in caps.values() if isinstance(caps, dict) else [caps]:
-            require(
-                value is None or (math.isfinite(value) and value > 0),
-                "remix.constraints.max_epochs",
-                f"({value}) must be above 0",
-            )
 
 
 @dataclass(kw_only=True)
@@ -77,13 +80,13 @@ class RemixConfig:
     mode: Literal["apply", "advise"] = "apply"
     """`advise`: measure and solve at each boundary, log the answer, and keep the mixture."""
 
-    alpha: float = 1.0
+    alpha: NonNegativeFloat = 1.0
     """Weight of uniformity over tasks, std(gain)."""
 
-    beta: float = 1.0
+    beta: NonNegativeFloat = 1.0
     """Weight of the gain summed over tasks."""
 
-    gamma: float = 1.0
+    gamma: NonNegativeFloat = 1.0
     """Weight of the mixture's diversity."""
 
     preset: Preset | None = "default"
@@ -96,7 +99,7 @@ class RemixConfig:
     and what only has the right words gets little. It keeps a gradient of each domain too: the
     memory and passes of as many more tasks. None: joint; marginal with preset paper."""
 
-    gain: Literal["linear", "log"] | None = None
+    gain: Gain | None = None
     """`linear` in a mixture's influence on a task, or its `log`arithm, since gains saturate: what a
     task gets much of already is worth less to it. None: log; linear with preset paper."""
 
@@ -107,7 +110,7 @@ class RemixConfig:
     domain counts for at least 1e-4 of the uniform weight, so that one that was left out can return:
     to leave it out for good, use `constraints`."""
 
-    smoothing: float | None = None
+    smoothing: Smoothing | None = None
     """Weight of former boundaries in an exponential average of influence, 0 (none) to below 1.
     None: 0.5; 0 with preset paper."""
 
@@ -117,7 +120,7 @@ class RemixConfig:
     """tikmix_m: how candidates are measured: `rollout`, by training on each for a while (section
     `rollout`), or `gradient`, by their influence, which costs nothing more."""
 
-    candidates: int = 48
+    candidates: AtLeast16 = 48
     """tikmix_m: how many candidate mixtures are measured."""
 
     require_audit: bool = False
@@ -125,13 +128,7 @@ class RemixConfig:
     `audit`); not where the mixture in force breaks a constraint."""
 
     def __post_init__(self) -> None:
-        for name in ("alpha", "beta", "gamma"):
-            value = getattr(self, name)
-            require(
-                math.isfinite(value) and value >= 0,
-                f"remix.{name}",
-                "must be finite, and not negative",
-            )
+        check_ranges("remix", self)
         require(
             self.preset != "paper" or self.gain in (None, "linear"),
             "remix.gain",
@@ -142,8 +139,6 @@ class RemixConfig:
             "remix.schedule",
             "goes with remix.policy schedule, and that needs it",
         )
-        require(0 <= (self.smoothing or 0) < 1, "remix.smoothing", "must be from 0 to below 1")
-        require(self.candidates >= 16, "remix.candidates", "must be at least 16")
         for name in ("start", "stop"):
             value = getattr(self, name)
             require(
@@ -177,15 +172,14 @@ class RemixConfig:
 class RolloutConfig:
     """Short real continuations of training, undone afterwards, that measure a candidate mixture."""
 
-    iters: int = 40
+    iters: PositiveInt = 40
     """Optimizer steps of each."""
 
-    repetitions: int = 1
+    repetitions: PositiveInt = 1
     """How often each candidate is measured, on fresh samples."""
 
     def __post_init__(self) -> None:
-        for name in ("iters", "repetitions"):
-            require(getattr(self, name) > 0, f"rollout.{name}", "must be positive")
+        check_ranges("rollout", self)
 
 
 @dataclass(kw_only=True)
@@ -195,16 +189,14 @@ class AuditConfig:
     enabled: bool = False
     """Make one whenever the mixture is to change."""
 
-    iters: int = 40
+    iters: PositiveInt = 40
     """Optimizer steps of each rollout."""
 
-    repetitions: int = 4
-    """Pairs of rollouts, each pair on fresh samples."""
+    repetitions: AtLeast4 = 4
+    """Pairs of rollouts, each pair on fresh samples; at least 4, for an interval."""
 
-    confidence: float = 0.95
+    confidence: Confidence = 0.95
     """Of the interval that a difference must be outside of to count."""
 
     def __post_init__(self) -> None:
-        require(self.iters > 0, "audit.iters", "must be positive")
-        require(self.repetitions >= 4, "audit.repetitions", "must be at least 4, for an interval")
-        require(0 < self.confidence < 1, "audit.confidence", "must be between 0 and 1")
+        check_ranges("audit", self)

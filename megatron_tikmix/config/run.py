@@ -12,6 +12,7 @@ from megatron_tikmix.config.checks import (
     check_supported,
 )
 from megatron_tikmix.config.model import GPTConfig
+from megatron_tikmix.config.ranges import PositiveFloat, Seed
 from megatron_tikmix.config.remix import AuditConfig, RemixConfig, RolloutConfig
 from megatron_tikmix.config.sections import (
     CheckpointConfig,
@@ -23,7 +24,6 @@ from megatron_tikmix.config.sections import (
     TaskConfig,
     TrainConfig,
 )
-from megatron_tikmix.errors import require
 
 
 @dataclass(kw_only=True)
@@ -59,13 +59,13 @@ class RunConfig(MixtureSections):
     baseline: str | None = None
     """Another run's `run_dir`: report.html holds this run's task losses against its."""
 
-    seed: int = 1234
+    seed: Seed = 1234
     """Seed of parameters, dropout and sample order."""
 
-    timeout_minutes: float = 30.0
+    timeout_minutes: PositiveFloat = 30.0
     """A collective that waits longer than this ends the job."""
 
-    decision_timeout_minutes: float = 240.0
+    decision_timeout_minutes: PositiveFloat = 240.0
     """How long the other ranks wait for rank 0 to decide a mixture: that of a group of their own,
     so that a long solve trips neither NCCL's timeout nor timeout_minutes."""
 
@@ -75,8 +75,6 @@ class RunConfig(MixtureSections):
 
     def __post_init__(self) -> None:
         self.check_sections()
-        for name in ("timeout_minutes", "decision_timeout_minutes"):
-            require(getattr(self, name) > 0, name, "must be positive")
         self.optimizer.bf16 = self.model.bf16
         self.optimizer.params_dtype = self.model.params_dtype
         self.optimizer.use_distributed_optimizer = True

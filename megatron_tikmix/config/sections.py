@@ -11,6 +11,15 @@ from typing import Literal
 
 import torch
 
+from megatron_tikmix.config.ranges import (
+    AtLeast8,
+    Confidence,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Seed,
+    check_ranges,
+)
 from megatron_tikmix.config.remix import AuditConfig, RemixConfig, RolloutConfig
 from megatron_tikmix.errors import InputError, require
 from megatron_tikmix.mixture.batch_sizes import BatchSizes
@@ -23,7 +32,7 @@ class DataConfig:
     manifest: str
     """The domain manifest (YAML) that `tikmix preprocess` wrote."""
 
-    sequence_length: int = 1024
+    sequence_length: PositiveInt = 1024
     """Tokens of one sample."""
 
     domains: list[str] | None = None
@@ -36,13 +45,13 @@ class DataConfig:
     `proportional` to training tokens, `temperature` (proportional to tokens^(1/temperature)),
     `unimax` (as uniform as unimax_epochs over the whole run allow), or weights by domain name."""
 
-    temperature: float = 2.0
+    temperature: PositiveFloat = 2.0
     """`initial_mixture: temperature`: 1 is proportional, larger is nearer to uniform."""
 
-    unimax_epochs: float = 4.0
+    unimax_epochs: PositiveFloat = 4.0
     """`initial_mixture: unimax`: the most passes over a domain in the whole run."""
 
-    num_workers: int | None = None
+    num_workers: NonNegativeInt | None = None
     """Data-loading worker processes of each rank. None: 2 where there is a GPU, and none without,
     where reading samples takes a small part of a step."""
 
@@ -61,11 +70,10 @@ class DataConfig:
     """Leave out the loss where the input is an end-of-document token."""
 
     def __post_init__(self) -> None:
-        require(self.sequence_length > 0, "data.sequence_length", "must be positive")
+        check_ranges("data", self)
         require(self.domains != [], "data.domains", "must name a domain, or be left out for all")
         if self.num_workers is None:
             self.num_workers = 2 if torch.cuda.is_available() else 0
-        require(self.num_workers >= 0, "data.num_workers", "must not be negative")
 
 
 @dataclass(kw_only=True)
@@ -96,7 +104,9 @@ class TaskConfig:
     """False: the task is measured and reported, and no mixture is decided on it."""
 
     def check(self, name: str) -> None:
-        """Refuse a task that is given by more or less than one of its three fields."""
+        """Refuse a weight out of range, and other than one of the fields that give the task."""
+        # No PositiveFloat: the parser would not say of which task.
+        require(0 < self.weight < math.inf, f"tasks.{name}.weight", "must be positive")
         kinds = [kind for kind in ("domain", "prefix", "prompts") if getattr(self, kind)]
         require(
             len(kinds) == 1,
@@ -109,11 +119,11 @@ class TaskConfig:
 class EvaluateConfig:
     """Validation loss at every boundary and at the end, on items that do not decide."""
 
-    task_samples: int = 64
+    task_samples: PositiveInt = 64
     """At most so many samples of each task are measured."""
 
     def __post_init__(self) -> None:
-        require(self.task_samples > 0, "evaluate.task_samples", "must be positive")
+        check_ranges("evaluate", self)
 
 
 @dataclass(kw_only=True)
@@ -156,7 +166,7 @@ class ProbeConfig:
     gradient_dtype: Literal["fp32", "bf16"] = "fp32"
     """Data type in which validation gradients are kept; inner products are summed in float64."""
 
-    task_group_size: int | None = None
+    task_group_size: PositiveInt | None = None
     """`replicated` only: keep the whole gradients of so many tasks at a time, and pass through
     the domains again for each group. None: all tasks at once."""
 
@@ -167,70 +177,50 @@ class ProbeConfig:
     `squared_gradients`), `squared_gradients` (the probe's own, of one sub-batch of each domain)
     or `identity`."""
 
-    damping: float = 0.1
+    damping: PositiveFloat = 0.1
     """Damping of `adam` and `squared_gradients`, relative to the mean of sqrt(second moment)."""
 
-    sub_batches: int = 8
+    sub_batches: AtLeast8 = 8
     """Sub-batches of each domain; standard errors come from their spread."""
 
-    sub_batch_samples: int = 8
+    sub_batch_samples: PositiveInt = 8
     """Samples of one sub-batch, over all data-parallel ranks."""
 
-    task_samples: int = 64
+    task_samples: PositiveInt = 64
     """At most so many samples of each task decide (the others report); with remix.influence joint
     also of each domain's own gradient."""
 
-    max_overhead: float | None = 0.25
+    max_overhead: PositiveFloat | None = 0.25
     """A probe may take at most so many tokens, relative to those of an interval: sub_batches is
     lowered to fit, and what cannot fit is refused before training. None: no limit."""
 
-    precision: float | None = None
+    precision: Confidence | None = None
     """Adaptive budget: add sub-batches where they matter, beyond `sub_batches`, until noise moves
     the mixture solved by no more than this in total variation, and a fresh batch confirms it.
     None: `sub_batches` of each domain, and no more."""
 
-    max_tokens: int | None = None
+    max_tokens: PositiveInt | None = None
     """`precision` only: the most tokens of one probe. None: what max_overhead leaves."""
 
     seed: int = 4321
     """Seed of the probe's own sample stream, apart from training's."""
 
     def __post_init__(self) -> None:
-        require(
-            math.isfinite(self.damping) and self.damping > 0, "probe.damping", "must be positive"
-        )
-        require(
-            self.task_group_size is None or self.task_group_size > 0,
-            "probe.task_group_size",
-            "must be positive",
-        )
+        check_ranges("probe", self)
         require(
             self.task_group_size is None or self.data_parallel_mode == "replicated",
             "probe.task_group_size",
             "bounds the memory of data_parallel_mode replicated only; leave it out",
         )
-        require(self.sub_batches >= 8, "probe.sub_batches", "must be at least 8 for honest errors")
         require(
-            self.precision is None or 0 < self.precision < 1,
-            "probe.precision",
-            "must be between 0 and 1",
-        )
-        require(
-            self.max_tokens is None or (self.max_tokens > 0 and self.precision is not None),
+            self.max_tokens is None or self.precision is not None,
             "probe.max_tokens",
-            "must be positive, and goes with probe.precision",
+            "goes with probe.precision",
         )
         require(
             self.precision is None or (self.max_tokens or self.max_overhead) is not None,
             "probe.precision",
             "needs a limit: probe.max_tokens or probe.max_overhead",
-        )
-        for name in ("sub_batch_samples", "task_samples"):
-            require(getattr(self, name) > 0, f"probe.{name}", "must be positive")
-        require(
-            self.max_overhead is None or self.max_overhead > 0,
-            "probe.max_overhead",
-            "must be positive, or null for no limit",
         )
 
 
@@ -251,13 +241,13 @@ MAY_CHANGE = (
 class TrainConfig:
     """How much to train, and in which batches."""
 
-    train_iters: int
+    train_iters: PositiveInt
     """Optimizer steps of the whole run."""
 
-    micro_batch_size: int = 1
+    micro_batch_size: PositiveInt = 1
     """Samples of one forward-backward pass on one data-parallel rank."""
 
-    global_batch_size: int = 8
+    global_batch_size: PositiveInt = 8
     """Samples of one optimizer step, over all data-parallel ranks."""
 
     rampup_batch_size: list[int] | None = None
@@ -265,30 +255,25 @@ class TrainConfig:
     START samples, and in equal parts of SAMPLES samples they grow by INCREMENT to
     global_batch_size."""
 
-    log_interval: int = 10
+    log_interval: PositiveInt = 10
     """Write a row of metrics.jsonl and TensorBoard every so many iterations."""
 
-    exit_interval: int | None = None
+    exit_interval: PositiveInt | None = None
     """Save and end the run at iterations divisible by this, with exit code 0."""
 
-    exit_duration_in_mins: float | None = None
+    exit_duration_in_mins: PositiveFloat | None = None
     """Save and end the run, with exit code 0, after the step in which so many minutes are over."""
 
-    max_skipped_iterations: int = 3
+    max_skipped_iterations: PositiveInt = 3
     """An update whose gradient is not finite is skipped and counted, as in Megatron; the run ends
     with an error after so many in a row."""
 
-    loss_spike_factor: float | None = 1.5
+    loss_spike_factor: PositiveFloat | None = 1.5
     """Warn of logged losses of more than so many times what the domains of their samples had of
     late, and count them; null: do not. They are trained on all the same."""
 
     def __post_init__(self) -> None:
-        require(self.max_skipped_iterations > 0, "train.max_skipped_iterations", "must be positive")
-        for name in ("exit_interval", "exit_duration_in_mins", "loss_spike_factor"):
-            value = getattr(self, name)
-            require(value is None or value > 0, f"train.{name}", "must be positive")
-        for name in ("train_iters", "micro_batch_size", "global_batch_size", "log_interval"):
-            require(getattr(self, name) > 0, f"train.{name}", "must be positive")
+        check_ranges("train", self)
         ramp, size = self.rampup_batch_size, self.global_batch_size
         if ramp is None:
             self._batch_sizes = BatchSizes.constant(size)
@@ -320,17 +305,17 @@ class SchedulerConfig:
     lr_decay_style: Literal["constant", "linear", "cosine", "inverse-square-root", "WSD"] = "cosine"
     """Shape of the decay."""
 
-    lr_warmup_iters: int = 0
+    lr_warmup_iters: NonNegativeInt = 0
     """Iterations of linear warm-up from 0."""
 
-    lr_decay_iters: int | None = None
+    lr_decay_iters: PositiveInt | None = None
     """Iterations until the floor is reached (default: the whole run)."""
 
-    lr_wsd_decay_iters: int | None = None
+    lr_wsd_decay_iters: PositiveInt | None = None
     """WSD only: length of the final decay, in iterations."""
 
     def __post_init__(self) -> None:
-        require(self.lr_warmup_iters >= 0, "scheduler.lr_warmup_iters", "must not be negative")
+        check_ranges("scheduler", self)
         require(
             self.lr_decay_style != "WSD" or self.lr_wsd_decay_iters is not None,
             "scheduler.lr_wsd_decay_iters",
@@ -342,13 +327,13 @@ class SchedulerConfig:
 class CheckpointConfig:
     """Checkpoints under RUN_DIR/checkpoints; a run started again in its directory resumes."""
 
-    save_interval: int | None = None
+    save_interval: PositiveInt | None = None
     """Iterations between checkpoints, besides one after every boundary and one at the end."""
 
-    keep: int = 2
+    keep: PositiveInt = 2
     """How many of the newest checkpoints to keep; older ones are deleted."""
 
-    keep_every: int | None = None
+    keep_every: PositiveInt | None = None
     """Checkpoints of iterations divisible by this are kept besides, for good."""
 
     async_save: bool = False
@@ -363,19 +348,9 @@ class CheckpointConfig:
     order: some are repeated, some left out."""
 
     def __post_init__(self) -> None:
-        require(
-            self.save_interval is None or self.save_interval > 0,
-            "checkpoint.save_interval",
-            "must be positive",
-        )
-        require(self.keep > 0, "checkpoint.keep", "must be positive")
+        check_ranges("checkpoint", self)
         unknown = [name for name in self.allow_changed if name not in MAY_CHANGE]
         require(not unknown, "checkpoint.allow_changed", f"must be of {', '.join(MAY_CHANGE)}")
-        require(
-            self.keep_every is None or self.keep_every > 0,
-            "checkpoint.keep_every",
-            "must be positive",
-        )
 
 
 class MixtureSections:
@@ -394,7 +369,7 @@ class MixtureSections:
     rollout: RolloutConfig
     audit: AuditConfig
     run_dir: str
-    seed: int
+    seed: Seed
 
     def check_sections(self) -> None:
         """Refuse sections that do not fit together, and settle what is None in `remix`.
@@ -402,6 +377,7 @@ class MixtureSections:
         Raises:
             InputError: names the field and the remedy.
         """
+        check_ranges("", self)
         require(bool(self.tasks), "tasks", "must name at least one validation task")
         require(
             bool(self.deciding_tasks) or self.remix.policy in ("static", "schedule"),
@@ -415,12 +391,8 @@ class MixtureSections:
                 "must be named with letters, digits, '_', '.' and '-' only",
             )
             self.tasks[name].check(name)
-            weight = self.tasks[name].weight
             require(
-                math.isfinite(weight) and weight > 0, f"tasks.{name}.weight", "must be positive"
-            )
-            require(
-                self.remix.preset != "paper" or weight == 1,
+                self.remix.preset != "paper" or self.tasks[name].weight == 1,
                 f"tasks.{name}.weight",
                 "cannot be set with remix.preset paper, which takes the raw sum over tasks",
             )
@@ -430,7 +402,6 @@ class MixtureSections:
             "needs audit.enabled true",
         )
         require(bool(self.run_dir), "run_dir", "must name a folder")
-        require(0 <= self.seed < 2**32, "seed", f"({self.seed}) must be from 0 to 2**32 - 1")
         self.remix = self.remix.settled()
 
     @property
@@ -529,7 +500,7 @@ class HostedConfig(MixtureSections):
     run_dir: str = "runs/hosted"
     """The run's folder: its ledger, and the indices of large domains (`data.path_to_cache`)."""
 
-    seed: int = 1234
+    seed: Seed = 1234
     """Seed of the sample order."""
 
     def __post_init__(self) -> None:

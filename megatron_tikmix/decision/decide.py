@@ -177,22 +177,11 @@ class Decision:
 
     def fields_of_row(self) -> dict[str, Any]:
         """Return what a :class:`StageRow` keeps of it, besides the mixture."""
-        names = (
-            "source",
-            "reason",
-            "curvature",
-            "total_variation_noise",
-            "probe_tokens",
-            "probe_seconds",
-            "influence",
-            "rules",
-            "solution",
-            "measured",
-            "rank_stability",
-            "rollout",
-            "audit",
-        )
-        return {name: getattr(self, name) for name in names}
+        return {
+            field.name: getattr(self, field.name)
+            for field in fields(self)
+            if field.name != "mixture"
+        }
 
 
 class RemixSettings(Protocol):

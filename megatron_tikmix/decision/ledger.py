@@ -14,7 +14,7 @@ import io
 import os
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, overload
 
@@ -283,7 +283,7 @@ class StageRow:
         """Return the row as plain values."""
         parts = {
             name: None if (value := getattr(self, name)) is None else value.to_json()
-            for name in ("rules", "solution", "rank_stability", "rollout", "audit")
+            for name in _PARTS
         }
         influence = self.influence
         none = dict.fromkeys(("influence", "influence_se", "influence_df"))
@@ -338,11 +338,7 @@ class StageRow:
                 weights=dict(data["weights"]),
                 influence=InfluenceMatrix.from_json(data) if data.get("influence") else None,
                 measured=measured,
-                rules=part(Rules, "rules"),
-                solution=part(MixtureSolution, "solution"),
-                rank_stability=part(RankStability, "rank_stability"),
-                rollout=part(RolloutCost, "rollout"),
-                audit=part(Audit, "audit"),
+                **{name: part(kind, name) for name, kind in _PARTS.items()},
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise InputError(
@@ -351,21 +347,20 @@ class StageRow:
 
 
 _NEEDED = ("stage", "weights", "start_iteration", "start_sample")
-_PLAIN = (
-    "stage",
-    "start_iteration",
-    "start_sample",
-    "source",
-    "reason",
-    "task_loss",
-    "domain_samples",
-    "domain_epochs",
-    "total_variation",
-    "total_variation_noise",
-    "curvature",
-    "probe_tokens",
-    "probe_seconds",
-)
+_PARTS: dict[str, Any] = {
+    "rules": Rules,
+    "solution": MixtureSolution,
+    "rank_stability": RankStability,
+    "rollout": RolloutCost,
+    "audit": Audit,
+}
+"""The fields that have a codec of their own."""
+
+_PLAIN = [
+    field.name
+    for field in fields(StageRow)
+    if field.name not in {"weights", "influence", "measured", *_PARTS}
+]
 """The fields that are plain values themselves."""
 
 

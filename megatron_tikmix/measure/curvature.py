@@ -1,10 +1,15 @@
-"""Inverse curvature H⁻¹, applied to a gradient. To add one, write a class with this interface.
+"""Inverse curvature H⁻¹, applied to a gradient.
 
-The classes do not communicate: :func:`fit_curvature`, which makes them, sums over ranks and passes
-the sums as arguments.
+To add one, write a class with the interface of :class:`Curvature` and a function that fits it, and
+add an entry to :data:`CURVATURES` and its name to the values of `probe.curvature` in
+`config/sections.py`. It sees this rank's parameters as one flat vector, without layers' shapes.
+
+The classes do not communicate: the functions that fit them sum over ranks, and pass the sums as
+arguments.
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -65,34 +70,66 @@ class DampedDiagonal:
         return gradient_P.mul_(self._scale_P)
 
 
-def fit_curvature(
-    config: ProbeConfig,
-    shards: OptimizerShards,
-    parallel: Parallel,
-    domain_gradients: Callable[[], Iterator[torch.Tensor]],
-) -> Curvature:
-    """Fit the curvature that `config` names at the present parameters. Collective.
+@dataclass(frozen=True)
+class Fit:
+    """The objects from which a curvature is fitted.
 
-    Before the optimizer's first step (or with weights loaded without its state), `adam` is replaced
-    by `squared_gradients`, and its name says so.
-
-    Args:
-        domain_gradients: mean gradients of fresh sub-batches, this rank's shard, float32 (P,);
-            called only by a curvature that needs them.
+    Attributes:
+        domain_gradients: returns mean gradients of fresh sub-batches, one of each domain, this
+            rank's shard, float32 (P,). Each costs a pass.
     """
-    if config.curvature == "identity":
-        return Identity()
-    name = config.curvature
-    if name == "adam" and _somewhere(not shards.has_second_moment(), parallel):
-        name = "squared_gradients"
-    if name == "adam":
-        second_moment_P = shards.second_moment()
-    else:
-        second_moment_P = _mean_square(domain_gradients(), shards, parallel)
-    total, count = sum_over_ranks(shards.root_sum_and_count(second_moment_P), parallel).tolist()
+
+    config: ProbeConfig
+    shards: OptimizerShards
+    parallel: Parallel
+    domain_gradients: Callable[[], Iterator[torch.Tensor]]
+
+
+def fit_curvature(fit: Fit) -> Curvature:
+    """Return the curvature that `probe.curvature` names, at the present parameters. Collective."""
+    return CURVATURES[fit.config.curvature].fitted(fit)
+
+
+def _adam(fit: Fit) -> Curvature:
+    """Use Adam's second moment; before its first step, or without its state, squared gradients."""
+    if _somewhere(not fit.shards.has_second_moment(), fit.parallel):
+        return _squared_gradients(fit)
+    return _diagonal("adam", fit.shards.second_moment(), fit)
+
+
+def _squared_gradients(fit: Fit) -> Curvature:
+    second_moment_P = _mean_square(fit.domain_gradients(), fit.shards, fit.parallel)
+    return _diagonal("squared_gradients", second_moment_P, fit)
+
+
+def _diagonal(name: str, second_moment_P: torch.Tensor, fit: Fit) -> Curvature:
+    sums = sum_over_ranks(fit.shards.root_sum_and_count(second_moment_P), fit.parallel)
+    total, count = sums.tolist()
     return DampedDiagonal(
-        name, second_moment_P, mean_root=total / max(count, 1.0), damping=config.damping
+        name, second_moment_P, mean_root=total / max(count, 1.0), damping=fit.config.damping
     )
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A value of `probe.curvature`.
+
+    Attributes:
+        fitted: returns it, fitted; collective.
+        passes_domains: whether fitting passes a sub-batch of each domain, which the probe's plan
+            then counts.
+    """
+
+    fitted: Callable[[Fit], Curvature]
+    passes_domains: bool = False
+
+
+CURVATURES = {
+    "identity": Kind(lambda fit: Identity()),
+    "adam": Kind(_adam),
+    "squared_gradients": Kind(_squared_gradients, passes_domains=True),
+}
+"""By the name in the configuration."""
 
 
 def _mean_square(

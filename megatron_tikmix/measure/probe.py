@@ -16,7 +16,7 @@ from megatron_tikmix.config import ProbeConfig
 from megatron_tikmix.data.domain_stream import DomainStream
 from megatron_tikmix.data.tasks import SampleStream, Task, micro_batches
 from megatron_tikmix.influence.bank import SubBatchBank
-from megatron_tikmix.measure.curvature import fit_curvature
+from megatron_tikmix.measure.curvature import Fit, fit_curvature
 from megatron_tikmix.measure.gradients import KeptGradients, inner_products
 from megatron_tikmix.measure.shards import OptimizerShards
 from megatron_tikmix.megatron.collectives import check_same_on_all_ranks, sum_over_ranks
@@ -265,7 +265,9 @@ class InfluenceProbe:
             tasks_VP[i] = self._shards.gradient()
         (tokens_V,) = self._summed(tokens_V)
         # Fitted when no activations are there, so that its memory comes on top of nothing.
-        curvature = fit_curvature(self._config, self._shards, self._parallel, self._fresh_gradients)
+        curvature = fit_curvature(
+            Fit(self._config, self._shards, self._parallel, self._fresh_gradients)
+        )
         self.curvature = curvature.name
         for i, tokens in enumerate(tokens_V.tolist()):
             tasks_VP[i] = curvature.precondition(tasks_VP[i].float() / max(tokens, 1.0))

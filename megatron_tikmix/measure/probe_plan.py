@@ -7,6 +7,7 @@ from megatron_tikmix.config import MixtureSections, RunConfig
 from megatron_tikmix.data.builder import TrainingData
 from megatron_tikmix.errors import InputError
 from megatron_tikmix.influence.bank import MIN_SUB_BATCHES
+from megatron_tikmix.measure.curvature import CURVATURES
 from megatron_tikmix.measure.flops import flops_per_token, parameters_per_rank
 
 
@@ -195,7 +196,7 @@ def _as_configured(trained: Trained, config: MixtureSections, data: TrainingData
         samples_of_sub_batch=D * groups * _filled(probe.sub_batch_samples, step),
         samples_of_curvature=(
             D * _filled(probe.sub_batch_samples, least * ranks)
-            if probe.curvature == "squared_gradients"
+            if CURVATURES[probe.curvature].passes_domains
             else 0
         ),
         least_samples_of_sub_batch=D * groups * step,

@@ -54,6 +54,9 @@ class Objective:
 
     The parts in P̂ take P̂ itself, float64 (V,), so that they hold for any way to predict it.
     Make one with :meth:`of`.
+
+    Whoever changes a term changes `solve/conic.py` too, which writes the same terms as cones, and,
+    for diversity, `decision/explain.py`, which takes a change of weight apart by its logarithm.
     """
 
     rows_VD: Array
@@ -150,13 +153,17 @@ class Objective:
         """L(w)."""
         return self.value_and_gradient(weights_D)[0]
 
+    def combined(self, uniformity: float, gain: float, diversity: float) -> float:
+        """L of its three terms."""
+        return self.alpha * uniformity - self.beta * gain - self.gamma * diversity
+
     def value_and_gradient(self, weights_D: Array, smoothing: float = 0.0) -> tuple[float, Array]:
         """L(w) and its gradient (D,); `smoothing` as in :meth:`uniformity`."""
         gains_V = self.rows_VD @ weights_D
         uniformity, uniformity_V = self.uniformity(gains_V, smoothing)
         gain, gain_V = self.gain(gains_V)
         diversity, diversity_D = self.diversity(weights_D)
-        value = self.alpha * uniformity - self.beta * gain - self.gamma * diversity
+        value = self.combined(uniformity, gain, diversity)
         gradient_V = self.alpha * uniformity_V - self.beta * gain_V
         return value, self.rows_VD.T @ gradient_V - self.gamma * diversity_D
 

@@ -254,10 +254,10 @@ class _Prediction:
 
     def _value(self, weights_D: Array, gains_V: Array) -> float:
         objective = self.problem.objective
-        return (
-            objective.alpha * objective.uniformity(gains_V)[0]
-            - objective.beta * objective.gain(gains_V)[0]
-            - objective.gamma * objective.diversity(weights_D)[0]
+        return objective.combined(
+            objective.uniformity(gains_V)[0],
+            objective.gain(gains_V)[0],
+            objective.diversity(weights_D)[0],
         )
 
     def _pareto(self, gains_NV: Array) -> Array:

@@ -333,16 +333,15 @@ def open_stage(run: Run, decision: Decision | None, task_loss: dict[str, float])
     stage = state.schedule.stages[-1]
     mixture: Mixture = state.schedule.mixture(-1)
     samples = dict(zip(run.domains, stage.start_counts_D.tolist(), strict=True))
-    fields: dict[str, Any] = {
-        "source": "kept" if state.ledger else "initial",
-        "reason": "remix.policy is static" if state.ledger else _first_reason(run),
-    }
-    if decision is not None:
-        fields = decision.fields_of_row()
+    if decision is None and state.ledger:
+        decision = Decision(mixture, source="kept", reason="remix.policy is static")
+    elif decision is None:
+        decision = Decision(mixture, source="initial", reason=_first_reason(run))
+    moved = None
     if state.ledger:
         before = state.ledger[-1].weights
         former = Mixture({name: before.get(name, 0.0) for name in run.domains})
-        fields["total_variation"] = mixture.total_variation(former)
+        moved = mixture.total_variation(former)
     state.ledger.append(
         StageRow(
             stage=len(state.ledger),
@@ -352,7 +351,8 @@ def open_stage(run: Run, decision: Decision | None, task_loss: dict[str, float])
             task_loss=task_loss,
             domain_samples=samples,
             domain_epochs=epochs(run, samples),
-            **fields,
+            total_variation=moved,
+            **decision.fields_of_row(),
         )
     )
     run.recorder.stage(state.ledger)

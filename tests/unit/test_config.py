@@ -1,6 +1,8 @@
 """The configuration: overrides, round trip, help, and derived fields."""
 
 import copy
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +10,13 @@ import pytest
 import torch
 import yaml
 
-from megatron_tikmix.config import load_config
+from megatron_tikmix.config import (
+    ConstraintsConfig,
+    ProbeConfig,
+    RemixConfig,
+    TrainConfig,
+    load_config,
+)
 from megatron_tikmix.config.checks import UNSUPPORTED
 from megatron_tikmix.errors import InputError
 
@@ -63,7 +71,7 @@ def test_the_distributed_optimizer_is_always_used(path: str) -> None:
         (["--model.num_layer", "3"], "did you mean model.num_layers?"),
         (["--remix.interval_sample", "3"], "did you mean remix.interval_samples?"),
         (["--remix.policy", "magic"], "remix.policy"),
-        (["--remix.gamma", "-1"], "remix.gamma must be finite"),
+        (["--remix.gamma", "-1"], "remix.gamma (-1) must be at least 0 and finite"),
         (["--remix.constraints.max_total_variation", "0"], "remix.constraints.max_total_variation"),
         (["--tasks", "{}"], "tasks must name"),
         (["--tasks", "{'a b': {domain: low}}"], "tasks.a b"),
@@ -71,7 +79,10 @@ def test_the_distributed_optimizer_is_always_used(path: str) -> None:
         (["--model.num_attention_heads", "0"], "model.num_attention_heads must be given"),
         (["--model.hidden_dropout", "2"], "model.hidden_dropout"),
         (["--model.sequence_parallel", "true"], "model.sequence_parallel needs tensor_model"),
-        (["--seed", "-5"], "seed"),
+        (["--seed", "-5"], "seed (-5) must be at least 0 and below 4294967296"),
+        (["--train.exit_interval", "0"], "train.exit_interval (0) must be above 0"),
+        (["--probe.precision", "1"], "probe.precision (1) must be above 0 and below 1"),
+        (["--tasks.low.weight", "0"], "tasks.low.weight must be positive"),
         (["--nope", "1"], "unknown configuration field nope; see --help"),
         (["--remix.preset", "paper", "--tasks.low.weight", "2"], "tasks.low.weight"),
         (["--remix.preset", "paper", "--remix.gain", "log"], "remix.gain is linear"),
@@ -80,7 +91,7 @@ def test_the_distributed_optimizer_is_always_used(path: str) -> None:
     ],
 )
 def test_refusals(path: str, arguments: list[str], words: str) -> None:
-    with pytest.raises(InputError, match=r"(?s)" + words.replace("?", r"\?")) as caught:
+    with pytest.raises(InputError, match="(?s)" + re.escape(words)) as caught:
         load_config([path, *arguments])
     assert "\n" not in str(caught.value)
 
@@ -184,3 +195,34 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
     ):
         assert words in text
     assert "moe_router" not in text, "megatron-core's rare fields would drown the rest"
+
+
+@pytest.mark.parametrize(
+    ("build", "words"),
+    [
+        (lambda: TrainConfig(train_iters=0), "train.train_iters (0) must be above 0"),
+        (lambda: TrainConfig(train_iters=2.5), "train.train_iters (2.5) must be a whole number"),
+        (lambda: ProbeConfig(precision=1.0), "probe.precision (1.0) must be above 0 and below 1"),
+        (lambda: RemixConfig(gamma=float("nan")), "remix.gamma (nan) must be at least 0"),
+        (
+            lambda: ConstraintsConfig(max_epochs={"low": 0.0}),
+            "remix.constraints.max_epochs (0.0) must be above 0 and finite",
+        ),
+    ],
+)
+def test_sections_built_in_python_are_held_to_the_same_ranges(
+    build: Callable[[], object], words: str
+) -> None:
+    with pytest.raises(InputError, match=re.escape(words)):
+        build()
+
+
+def test_numbers_of_a_section_are_plain(path: str) -> None:
+    config, _ = load_config([path])
+    built = TrainConfig(train_iters=4.0)  # type: ignore[arg-type]
+    for number, kind in (
+        (config.train.train_iters, int),
+        (config.remix.gamma, float),
+        (built.train_iters, int),
+    ):
+        assert type(number) is kind

@@ -1,10 +1,13 @@
 """Inner products and curvature, against numpy in float64."""
 
+from typing import get_args, get_type_hints
+
 import numpy as np
 import pytest
 import torch
 
-from megatron_tikmix.measure.curvature import DampedDiagonal, Identity
+from megatron_tikmix.config import ProbeConfig
+from megatron_tikmix.measure.curvature import CURVATURES, DampedDiagonal, Identity
 from megatron_tikmix.measure.gradients import inner_products
 
 
@@ -58,3 +61,8 @@ def test_where_there_never_was_a_gradient_the_scale_is_finite() -> None:
 def test_identity_leaves_the_gradient_as_it_is() -> None:
     gradient_P = torch.randn(5)
     assert torch.equal(Identity().precondition(gradient_P), gradient_P)
+
+
+def test_every_curvature_of_the_configuration_can_be_fitted() -> None:
+    names = get_args(get_type_hints(ProbeConfig)["curvature"])
+    assert set(CURVATURES) == set(names)

@@ -1,0 +1,108 @@
+"""Number types that carry their range: the parser of the configuration checks them, and
+:func:`check_ranges` does where a section is built in Python.
+"""
+
+import math
+import re
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
+
+from jsonargparse.typing import restricted_number_type
+
+from megatron_tikmix.errors import InputError
+
+if TYPE_CHECKING:  # they are numbers to whoever reads a section
+    PositiveInt = int
+    NonNegativeInt = int
+    AtLeast4 = int
+    AtLeast8 = int
+    AtLeast16 = int
+    Seed = int
+    PositiveFloat = float
+    NonNegativeFloat = float
+    Share = float
+    Confidence = float
+    Smoothing = float
+    Dropout = float
+else:
+
+    def _int(name: str, *restrictions: tuple[str, int]) -> type:
+        return restricted_number_type(name, int, list(restrictions))
+
+    def _float(name: str, *restrictions: tuple[str, float]) -> type:
+        return restricted_number_type(name, float, list(restrictions))
+
+    PositiveInt = _int("PositiveInt", (">", 0))
+    NonNegativeInt = _int("NonNegativeInt", (">=", 0))
+    AtLeast4 = _int("AtLeast4", (">=", 4))
+    AtLeast8 = _int("AtLeast8", (">=", 8))
+    AtLeast16 = _int("AtLeast16", (">=", 16))
+    Seed = _int("Seed", (">=", 0), ("<", 2**32))
+    # jsonargparse's own float types admit infinity.
+    PositiveFloat = _float("FinitePositiveFloat", (">", 0), ("<", math.inf))
+    NonNegativeFloat = _float("FiniteNonNegativeFloat", (">=", 0), ("<", math.inf))
+    Share = _float("Share", (">", 0), ("<=", 1))
+    Confidence = _float("OpenUnitInterval", (">", 0), ("<", 1))
+    Smoothing = Dropout = _float("FromZeroToBelowOne", (">=", 0), ("<", 1))
+
+
+def check_ranges(name: str, section: Any) -> None:
+    """Refuse a number outside the range of its field's type; make the others plain numbers.
+
+    Args:
+        name: the section's name in the configuration; empty for the top level.
+        section: a dataclass.
+
+    Raises:
+        InputError: names the first such field, its value and the range.
+    """
+    for field, hint in get_type_hints(type(section)).items():
+        value = getattr(section, field, None)
+        for kind in _restricted(hint, dict if isinstance(value, dict) else None):
+            key = f"{name}.{field}" if name else field
+            plain = (
+                {each: _plain(key, kind, v) for each, v in value.items()}
+                if isinstance(value, dict)
+                else _plain(key, kind, value)
+            )
+            if value is not None:
+                object.__setattr__(section, field, plain)  # of a frozen section too
+
+
+def _restricted(hint: Any, container: type | None) -> Iterator[Any]:
+    """The types with a range that `hint` admits: of numbers, or of the values of a dict."""
+    if hasattr(hint, "_restrictions"):
+        if container is None:
+            yield hint
+    elif get_origin(hint) is dict:
+        if container is dict:
+            yield from _restricted(get_args(hint)[1], None)
+    else:
+        for part in get_args(hint):
+            yield from _restricted(part, container)
+
+
+def _plain(key: str, kind: Any, value: Any) -> Any:
+    if value is None:
+        return None
+    try:
+        if kind._type is int and value != int(value):
+            raise InputError(f"{key} ({value}) must be a whole number")
+        return kind._type(kind(value))
+    except InputError:
+        raise
+    except (TypeError, ValueError, OverflowError):
+        raise InputError(out_of_range(key, value, kind._expression)) from None
+
+
+def out_of_range(key: str, value: Any, restriction: str) -> str:
+    """Return the sentence for a value outside its range.
+
+    Args:
+        restriction: jsonargparse's expression of the range, `v>0 and v<1`.
+    """
+    comparisons = {">": "above", ">=": "at least", "<": "below", "<=": "at most"}
+    parts = re.findall(r"v(>=|<=|>|<)(\S+)", restriction)
+    words = [f"{comparisons[sign]} {bound.removesuffix('.0')}" for sign, bound in parts]
+    finite = ["finite" if word == "below inf" else word for word in words]
+    return f"{key} ({value}) must be {' and '.join(finite)}"
