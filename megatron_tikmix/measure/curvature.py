@@ -138,12 +138,12 @@ def _mean_square(
     """Return the mean of squared gradients, without those that are not finite, (P,)."""
     total_P, count = torch.zeros(shards.numel, device=shards.device), 0
     for gradient_P in gradients:
-        if not _somewhere(not torch.isfinite(gradient_P).all().item(), parallel):
+        if not _somewhere(~torch.isfinite(gradient_P).all(), parallel):
             total_P.addcmul_(gradient_P, gradient_P)
             count += 1
     return total_P.div_(max(count, 1))
 
 
-def _somewhere(condition: bool, parallel: Parallel) -> bool:
+def _somewhere(condition: bool | torch.Tensor, parallel: Parallel) -> bool:
     """Return whether `condition` holds on any rank. Collective."""
-    return sum_over_ranks(torch.tensor(float(condition)), parallel).item() > 0
+    return sum_over_ranks(torch.as_tensor(condition).int(), parallel).item() > 0

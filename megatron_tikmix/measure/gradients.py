@@ -29,7 +29,7 @@ def inner_products(tasks_VP: torch.Tensor, gradient: Iterable[torch.Tensor]) -> 
             views of megatron-core's gradient buffer: no copy of size P is made.
 
     Returns:
-        float64 (V,), on the CPU. Summed in float64, since an influence is a small difference of
+        float64 (V,), on the device. Summed in float64, since an influence is a small difference of
         many large terms.
     """
     V, P = tasks_VP.shape
@@ -42,7 +42,7 @@ def inner_products(tasks_VP: torch.Tensor, gradient: Iterable[torch.Tensor]) -> 
         first = last
     if first != P:
         raise ValueError(f"a gradient of {first} elements against {P}")
-    return products_V.cpu()
+    return products_V
 
 
 def _chunks(pieces: Iterable[torch.Tensor], size: int) -> Iterator[torch.Tensor]:

@@ -211,8 +211,9 @@ class InfluenceProbe:
         counts_D = np.asarray(sub_batches_D, dtype=np.int64)
         check_same_on_all_ranks(counts_D.tobytes().hex(), "the probe's request", self._parallel)
         D, B, V = len(self.domains), int(counts_D.max(initial=0)), len(self.tasks)
-        sums_DBV = torch.zeros(D, B, V, dtype=torch.float64)
-        tokens_DB = torch.zeros(D, B, dtype=torch.float64)
+        # On the device, so that the host need not wait for any sub-batch.
+        sums_DBV = torch.zeros(D, B, V, dtype=torch.float64, device=self._parallel.device)
+        tokens_DB = torch.zeros(D, B, dtype=torch.float64, device=self._parallel.device)
         mine = self._share(counts_D, dealt=kept.whole)
         self._asked += kept.number_of_groups * sum(map(len, mine))
         for group, rows_VP in kept.groups():
@@ -247,11 +248,16 @@ class InfluenceProbe:
         return new if self._bank is None else self._bank.extended(new)
 
     def _summed(self, *values: torch.Tensor) -> list[torch.Tensor]:
-        """The sum over ranks of each of `values`, float64; counts the tokens passed meanwhile."""
-        parts = [torch.tensor([float(self._positions)]), *values]
-        flat = torch.cat([part.flatten().double() for part in parts])
-        passed, *sums = sum_over_ranks(flat, self._parallel).split([p.numel() for p in parts])
-        self.tokens += int(passed.item())
+        """The sum over ranks of each of `values`, which are on the device: float64, on the host.
+
+        Counts the tokens passed meanwhile.
+        """
+        passed = torch.full((1,), self._positions, dtype=torch.float64, device=values[0].device)
+        flat = torch.cat([passed, *(value.flatten().double() for value in values)])
+        total, *sums = sum_over_ranks(flat, self._parallel).split(
+            [1, *(value.numel() for value in values)]
+        )
+        self.tokens += int(total.item())
         self._positions = 0
         return [s.view(v.shape) for s, v in zip(sums, values, strict=True)]
 
@@ -259,7 +265,7 @@ class InfluenceProbe:
         """H⁻¹∇f of every task; of a task whose gradient is not finite, zeros."""
         V = len(self.tasks)
         tasks_VP = KeptGradients.empty(self._config, self._shards, V)
-        tokens_V = torch.zeros(V)
+        tokens_V = torch.zeros(V, dtype=torch.float64, device=self._parallel.device)
         for i in range(V):
             tokens_V[i] = self._pass(self._data.of_task(i), reduced=True)
             tasks_VP[i] = self._shards.gradient()
@@ -273,7 +279,7 @@ class InfluenceProbe:
             tasks_VP[i] = curvature.precondition(tasks_VP[i].float() / max(tokens, 1.0))
         del curvature
         finite_V = torch.stack([torch.isfinite(row_P).all() for row_P in tasks_VP])
-        (bad_V,) = self._summed(~finite_V)
+        bad_V = sum_over_ranks((~finite_V).int(), self._parallel)
         for i in bad_V.nonzero().flatten().tolist():
             tasks_VP[i] = 0.0
         self.bad_tasks = [name for name, bad in zip(self.tasks, bad_V.tolist(), strict=True) if bad]
@@ -285,11 +291,12 @@ class InfluenceProbe:
         for j in range(len(self.domains)):
             (batches,) = self._data.of_domain(j, self._stage, [int(self._next_D[j])])
             self._next_D[j] += 1
-            (tokens,) = self._summed(torch.tensor(self._pass(batches, reduced=True)))
+            (tokens,) = self._summed(self._pass(batches, reduced=True))
             yield self._shards.gradient().div_(max(tokens.item(), 1.0))
 
-    def _pass(self, batches: list[Sample], *, reduced: bool) -> float:
-        """Leave the summed gradient in the buffer; the unmasked tokens of this rank's batches."""
+    def _pass(self, batches: list[Sample], *, reduced: bool) -> torch.Tensor:
+        """Leave the summed gradient in the buffer; the unmasked tokens of this rank's batches,
+        on the device."""
         zero_gradients(self._model, self._optimizer)
         with summed_gradients(self._model, reduced=reduced):
             sums = self._forward_backward(batches, len(batches))
@@ -298,4 +305,4 @@ class InfluenceProbe:
             # What costs is every position, masked or not.
             self._positions += sum(batch["tokens"].numel() for batch in batches)
         self._on_progress(self._passes, self._asked)
-        return loss_and_tokens(sums, self._parallel)[1].item()
+        return loss_and_tokens(sums, self._parallel)[1]

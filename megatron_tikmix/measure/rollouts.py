@@ -341,7 +341,7 @@ def _gradient_checks_off(model: list[DistributedDataParallel]) -> Iterator[None]
 
 def _is_lost(result: StepResult) -> bool:
     """Return whether this rank sees a loss or gradient norm that is not finite."""
-    if result.grad_norm is not None and not math.isfinite(result.grad_norm):
+    if not math.isfinite(result.grad_norm):
         return True
     return any(not torch.isfinite(rows["loss"]).all() for rows in result.loss_sums)
 

@@ -146,14 +146,14 @@ class OptimizerShards:
         return self._flat(_second_moment(shard) for shard in self._shards)
 
     def root_sum_and_count(self, second_moment_P: torch.Tensor) -> torch.Tensor:
-        """Return Σ √v̂ and the number of elements, without vocabulary padding, float64 (2,).
+        """Return Σ √v̂ and the number of elements without padding, float64 (2,), on the device.
 
         Their sums over ranks give the mean to which damping is relative.
         """
-        total = torch.zeros(2, dtype=torch.float64)
+        total = torch.zeros(2, dtype=torch.float64, device=self.device)
         first = 0
         for shard in self._shards:
-            total[0] += second_moment_P[first : first + shard.real].sqrt().double().sum().cpu()
+            total[0] += second_moment_P[first : first + shard.real].sqrt().double().sum()
             total[1] += shard.real
             first += shard.end - shard.start
         return total

@@ -16,9 +16,12 @@ in megatron-core                      becomes
 ``torch.cuda.X``                      ``X`` of the stand-in below
 ``'cuda'``                            ``'cpu'``
 ``'torch.cuda.FloatTensor'``          ``'torch.FloatTensor'``
-``tensor.cuda(...)``                  ``tensor.cpu()``
+``tensor.cuda(...)``                  ``tensor.to('cpu')``
 ``jit_fuser`` (``torch.compile``)     off: compiling costs more than it gives here
 ====================================  =============================================
+
+A rehearsal (``megatron_tikmix/rehearsal``) has the same done with torch's ``meta`` device in the
+place of the CPU.
 """
 
 import ast
@@ -35,6 +38,8 @@ from typing import Any
 
 _PACKAGE = "megatron.core"
 _STAND_IN = "megatron_tikmix_cuda_stand_in"
+
+_device = "cpu"  # what takes the place of CUDA
 
 
 class _Nothing:
@@ -54,7 +59,7 @@ class _Nothing:
 
 
 def _stand_in() -> types.ModuleType:
-    """Make a module with the part of ``torch.cuda`` that megatron-core uses, on the CPU.
+    """Make a module with the part of ``torch.cuda`` that megatron-core uses, without CUDA.
 
     Other names are those of ``torch.cuda`` itself, which suffices for annotations and exception
     classes; calls that really need a GPU fail with torch's own error.
@@ -72,11 +77,11 @@ def _stand_in() -> types.ModuleType:
         Event=_Nothing,
         nvtx=_Nothing(),
         random=module,
-        default_generators={torch.device("cpu"): torch.default_generator},
+        default_generators={torch.device(_device): torch.default_generator},
         get_rng_state=lambda device=None: torch.get_rng_state(),
         set_rng_state=lambda state, device=None: torch.set_rng_state(state),
         manual_seed=torch.manual_seed,
-        current_device=functools.partial(torch.device, "cpu"),
+        current_device=functools.partial(torch.device, _device),
         device_count=lambda: 1,
         is_available=lambda: False,
         synchronize=nothing,
@@ -108,15 +113,17 @@ class _Rewriter(ast.NodeTransformer):
     def visit_Call(self, node: ast.Call) -> ast.AST:
         self.generic_visit(node)
         if isinstance(node.func, ast.Attribute) and node.func.attr == "cuda":
-            node.func.attr = "cpu"
-            node.args, node.keywords = [], []
+            node.func.attr = "to"
+            node.args = [ast.copy_location(ast.Constant(_device), node)]
+            node.keywords = []
         return node
 
     def visit_Constant(self, node: ast.Constant) -> ast.AST:
         if node.value == "cuda":
-            node.value = "cpu"
+            node.value = _device
         elif isinstance(node.value, str) and node.value.startswith("torch.cuda."):
-            node.value = node.value.replace("torch.cuda.", "torch.")
+            prefix = "torch." if _device == "cpu" else f"torch.{_device}."
+            node.value = node.value.replace("torch.cuda.", prefix)
         return node
 
     def visit_ImportFrom(self, node: ast.ImportFrom) -> ast.AST:
@@ -145,7 +152,7 @@ class _Finder(importlib.abc.MetaPathFinder):
     ) -> importlib.machinery.ModuleSpec | None:
         if not (fullname == _PACKAGE or fullname.startswith(_PACKAGE + ".")):
             return None
-        if _cuda_is_there():
+        if _device == "cpu" and _cuda_is_there():
             return None
         if _STAND_IN not in sys.modules:
             sys.modules[_STAND_IN] = _stand_in()
@@ -186,3 +193,16 @@ def install() -> None:
     logging.getLogger("megatron.core.tensor_parallel.random").addFilter(
         _not_about_the_cpu_generator
     )
+
+
+def redirect(device: str) -> None:
+    """Have megatron-core use `device` in the place of CUDA, even where CUDA is there.
+
+    Raises:
+        RuntimeError: ``megatron.core`` has been imported already.
+    """
+    global _device
+    if _PACKAGE in sys.modules:
+        raise RuntimeError("megatron.core has been imported already")
+    install()
+    _device = device

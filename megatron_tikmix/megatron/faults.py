@@ -9,6 +9,8 @@ and one `step` shared by all parameters
 state of several buckets is saved shifted      :func:`mend_buckets`                  0.16 - 0.19
 an output is freed before it has been sent     `config.model.settle_pipeline`        0.16
 interleaved stages mix up their messages       `config.model.settle_pipeline`        0.16
+without Apex and Transformer Engine the norm   :func:`norm_on_the_device`            0.16 - 0.19
+of the gradient waits once a parameter
 the fused cross entropy casts to bf16          refused, ``config/checks.py``         0.16 - 0.19
 results of a save travel through a process     :func:`results_without_a_process`,    0.16 - 0.19
 that imports torch, outlives a killed rank,    :func:`results_past_sigterm`
@@ -34,8 +36,9 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import serialization
 from megatron.core.dist_checkpointing.strategies import common, filesystem_async
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
-from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer import MegatronOptimizer, clip_grads
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.utils import local_multi_tensor_l2_norm
 from torch.distributed.checkpoint.api import CheckpointException as CheckpointException
 
 _TORCH_ADAM = (torch.optim.Adam, torch.optim.AdamW)
@@ -71,6 +74,23 @@ def results_past_sigterm() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, former)
+
+
+def norm_on_the_device() -> None:
+    """Let the norm of the gradient be computed where the gradient is; same bits.
+
+    Without Apex and Transformer Engine megatron-core reads the norm of each parameter on the host,
+    and so waits for the device once a parameter.
+    """
+    if clip_grads.l2_norm_impl is local_multi_tensor_l2_norm:
+        clip_grads.l2_norm_impl = _l2_norm
+
+
+def _l2_norm(
+    chunk_size: int, noop_flag: torch.Tensor, tensor_lists: list[list[torch.Tensor]], *flags: Any
+) -> tuple[torch.Tensor, None]:
+    norms = [torch.norm(tensor) for tensors in tensor_lists for tensor in tensors]
+    return torch.norm(torch.stack(norms).float()).view(1), None
 
 
 def mend_torch_adam(optimizer: MegatronOptimizer) -> None:

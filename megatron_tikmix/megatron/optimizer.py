@@ -7,6 +7,7 @@ from megatron.core.optimizer.optimizer import ChainedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_tikmix.config import RunConfig
+from megatron_tikmix.megatron.faults import norm_on_the_device
 from megatron_tikmix.megatron.groups import Parallel
 
 
@@ -14,6 +15,7 @@ def build_optimizer(
     config: RunConfig, model: list[DistributedDataParallel], parallel: Parallel
 ) -> MegatronOptimizer:
     """Return the distributed optimizer over all model chunks."""
+    norm_on_the_device()
     return get_megatron_optimizer(
         config.optimizer, model, use_gloo_process_groups=False, pg_collection=parallel.groups
     )

@@ -2,19 +2,19 @@
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from megatron_tikmix.megatron.collectives import max_over_ranks
 from megatron_tikmix.megatron.groups import Parallel
 from megatron_tikmix.megatron.samples import DocumentBoundaries, Sample
 
@@ -180,12 +180,15 @@ def _for_sums(chunk: DistributedDataParallel) -> Iterator[tuple[Any, dict[str, A
 @contextmanager
 def _set(place: Any, **values: Any) -> Iterator[None]:
     """Set these attributes for the length of the block, then restore them."""
-    former = {name: getattr(place, name) for name in values}
-    vars(place).update(values)
+    own = vars(place)
+    former = {name: own[name] for name in values if name in own}
+    own.update(values)
     try:
         yield
     finally:
-        vars(place).update(former)
+        for name in values:
+            del own[name]
+        own.update(former)
 
 
 def _nothing(**arguments: Any) -> None: ...
@@ -193,12 +196,20 @@ def _nothing(**arguments: Any) -> None: ...
 
 @dataclass(frozen=True)
 class StepResult:
-    """The results of one optimizer step; `loss_sums` is empty except on the last pipeline stage."""
+    """The results of one optimizer step.
+
+    Attributes:
+        loss_sums: empty except on the last pipeline stage.
+        grad_norm: of the mean gradient, before clipping; NaN if the gradient was not finite.
+        skipped: whether nothing was updated.
+        said: the largest of what each rank said, for each number of `say`.
+    """
 
     loss_sums: LossSums
-    grad_norm: float | None
+    grad_norm: float
     learning_rate: float
     skipped: bool
+    said: list[int]
 
 
 def zero_gradients(model: list[DistributedDataParallel], optimizer: MegatronOptimizer) -> None:
@@ -208,16 +219,6 @@ def zero_gradients(model: list[DistributedDataParallel], optimizer: MegatronOpti
     optimizer.zero_grad()
 
 
-def gradient_is_lost(model: list[DistributedDataParallel]) -> bool:
-    """Return whether this rank's gradient buffers hold anything that is not finite."""
-    for chunk in model:
-        for buffer in chunk.buffers + chunk.expert_parallel_buffers:
-            # One pass without a copy: NaN and infinity both show in the largest entry.
-            if not torch.linalg.vector_norm(buffer.grad_data, ord=torch.inf).isfinite():
-                return True
-    return False
-
-
 def train_step(
     forward_backward: ForwardBackward,
     micro_batches: Iterator[Sample],
@@ -225,22 +226,118 @@ def train_step(
     optimizer: MegatronOptimizer,
     scheduler: OptimizerParamScheduler,
     global_batch_size: int,
+    say: Callable[[], Sequence[int]] = tuple,
 ) -> StepResult:
     """Train on one global batch: gradients, optimizer step, learning-rate step. Collective.
 
-    If a gradient is not finite on any rank, no rank updates anything: the result says `skipped`,
-    and its `grad_norm` is NaN.
+    If a gradient is not finite on any rank, no rank updates anything.
+
+    The host waits for the device where megatron-core does, for the norm of the gradient, and
+    nowhere else: what ranks tell each other travels on the device before that.
+
+    Args:
+        say: what this rank has to tell the others, called once; the same count on each rank.
     """
-    zero_gradients(forward_backward.model, optimizer)
+    model, device = forward_backward.model, forward_backward.parallel.device
+    zero_gradients(model, optimizer)
     sums = forward_backward(micro_batches, num_microbatches)
     learning_rate = optimizer.param_groups[0]["lr"]
-    lost = gradient_is_lost(forward_backward.model)
-    if max_over_ranks(float(lost), forward_backward.parallel) > 0:
-        return StepResult(sums, math.nan, learning_rate, skipped=True)
-    updated, grad_norm, _ = optimizer.step()
+    said = SaidByRanks([gradient_is_lost(model), *say()], device)
+    spread_loss(said.largest[0], model)
+    updated, grad_norm = step_unless_lost(optimizer)
     if updated:
         scheduler.step(increment=global_batch_size)
-    return StepResult(sums, grad_norm, learning_rate, skipped=not updated)
+    return StepResult(sums, grad_norm, learning_rate, not updated, said.read()[1:])
+
+
+class SaidByRanks:
+    """The largest value that any rank has for each of a few numbers, without waiting. Collective.
+
+    Args:
+        values: not negative; numbers, or tensors of one element on `device`.
+    """
+
+    def __init__(self, values: Sequence[int | torch.Tensor], device: torch.device) -> None:
+        self.largest = torch.zeros(len(values), dtype=torch.int32, device=device)
+        for place, value in zip(self.largest, values, strict=True):
+            place.copy_(value) if isinstance(value, torch.Tensor) else place.fill_(value)
+        dist.all_reduce(self.largest, op=dist.ReduceOp.MAX)
+        on_gpu = device.type == "cuda"
+        self._on_host = torch.empty(len(values), dtype=torch.int32, pin_memory=on_gpu)
+        self._on_host.copy_(self.largest, non_blocking=True)
+        self._copied = torch.cuda.Event() if on_gpu else None
+        if self._copied is not None:
+            self._copied.record()
+
+    def read(self) -> list[int]:
+        """Return the values; waits for nothing if the host has waited for a later result."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        return self._on_host.tolist()
+
+
+def gradient_is_lost(model: list[DistributedDataParallel]) -> torch.Tensor:
+    """Return whether this rank's gradient buffers hold anything that is not finite: bool ()."""
+    # One reading pass, and no copy: NaN and infinity both end up in the largest entry.
+    largest = [
+        torch.linalg.vector_norm(buffer.grad_data, ord=torch.inf)
+        for chunk in model
+        for buffer in chunk.buffers + chunk.expert_parallel_buffers
+    ]
+    return ~torch.isfinite(torch.stack(largest)).all()
+
+
+def spread_loss(lost: torch.Tensor, model: list[DistributedDataParallel]) -> None:
+    """Make the norm of the gradient NaN on every rank if `lost`, so that each skips the update.
+
+    A fault in one tensor-parallel copy of a parameter, or in a copy of a tied embedding, is in no
+    norm of its own.
+
+    Args:
+        lost: not 0 if any rank's gradient is lost; one element, on the device.
+    """
+    firsts = [
+        parameter.main_grad.view(-1)[:1]
+        for chunk in model
+        for parameter in chunk.parameters()
+        if parameter.requires_grad
+    ]
+    nothing = torch.zeros(1, device=lost.device)
+    added = torch.where(lost > 0, torch.full_like(nothing, math.nan), nothing)
+    torch._foreach_add_(firsts, [added.to(first.dtype) for first in firsts])
+
+
+def step_unless_lost(optimizer: MegatronOptimizer) -> tuple[bool, float]:
+    """megatron-core's step, left out where the norm of the gradient is not finite. Collective.
+
+    Returns:
+        whether it updated, and the norm, NaN if it is not finite.
+    """
+    norms: list[float] = []
+
+    def noted(norm_of: Callable[..., float]) -> Callable[..., float]:
+        def norm(*arguments: Any) -> float:
+            norms.append(norm_of(*arguments))
+            return norms[-1]
+
+        return norm
+
+    update = optimizer.step_with_ready_grads
+
+    def update_if_finite() -> bool:
+        if not norms:  # megatron-core asks for none where it clips none
+            norms.append(optimizer.get_grad_norm())
+        return math.isfinite(norms[-1]) and bool(update())
+
+    with _set(
+        optimizer,
+        get_grad_norm=noted(optimizer.get_grad_norm),
+        clip_grad_norm=noted(optimizer.clip_grad_norm),
+        step_with_ready_grads=update_if_finite,
+    ):
+        updated = bool(optimizer.step()[0])
+    grad_norm = norms[-1] if norms else math.nan
+    return updated, grad_norm if math.isfinite(grad_norm) else math.nan
 
 
 @contextmanager
@@ -274,12 +371,12 @@ def evaluation_mode(model: list[DistributedDataParallel]) -> Iterator[None]:
 
 
 def loss_and_tokens(sums: LossSums, parallel: Parallel) -> torch.Tensor:
-    """Return the summed loss and unmasked tokens of this rank's micro-batches, float64 (2,).
+    """Return the summed loss and unmasked tokens of this rank's micro-batches.
 
-    They are 0 except on one rank of each model replica, so that a sum over ranks counts each once.
+    The result is float64 (2,), on the device. It is 0 except on one rank of each model replica, so
+    that a sum over ranks counts each once.
     """
-    total = torch.zeros(2, dtype=torch.float64)
-    if parallel.reports_loss:
-        for rows in sums:
-            total += torch.stack([rows["loss"].double().sum(), rows["tokens"].double().sum()]).cpu()
+    total = torch.zeros(2, dtype=torch.float64, device=parallel.device)
+    for rows in sums if parallel.reports_loss else ():
+        total += torch.stack([rows["loss"].double().sum(), rows["tokens"].double().sum()])
     return total

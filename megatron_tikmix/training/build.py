@@ -66,7 +66,7 @@ def pretrain(config: RunConfig, resolved: str) -> None:
 
         make_on_all_ranks(parallel, begin)
         with SignalWatch() as signals:
-            run.stopping = Stopping(config.train, parallel, signals, started)
+            run.stopping = Stopping(config.train, signals, started)
             try:
                 train(run)
             except (InputError, TrainingError):

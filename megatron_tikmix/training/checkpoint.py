@@ -135,9 +135,17 @@ class Checkpointer:
         self._pending = _Pending(saving, unfinished, state.iteration, record)
         return True if self._async_save and not wait else self.finish()
 
-    def poll(self) -> None:
-        """Finish the pending save if its files are written. Collective while one is pending."""
-        if self._pending is not None and self._pending.saving.written():
+    def is_writing(self) -> bool:
+        """Return whether a process of this rank is still writing the pending save."""
+        return self._pending is not None and not self._pending.saving.written()
+
+    def poll(self, writing: bool) -> None:
+        """Finish the pending save if its files are written. Collective if they are.
+
+        Args:
+            writing: whether any rank :meth:`is_writing`.
+        """
+        if self._pending is not None and not writing:
             self.finish()
 
     def finish(self) -> bool:

@@ -13,7 +13,7 @@ from typing import Any
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies.async_utils import TemporalAsyncCaller
 
-from megatron_tikmix.megatron.collectives import first_problem, max_over_ranks
+from megatron_tikmix.megatron.collectives import first_problem
 from megatron_tikmix.megatron.faults import (
     CheckpointException,
     options_of_an_asynchronous_save,
@@ -59,9 +59,8 @@ class ShardSaving:
             self._problems.append(str(error))
 
     def written(self) -> bool:
-        """Return whether every rank's writer has ended, so that :meth:`finish` need not wait."""
-        done = self._caller.is_current_async_call_done(blocking=False, no_dist=True)
-        return max_over_ranks(float(not done), self._parallel) == 0
+        """Return whether this rank's writer has ended, so that :meth:`finish` need not wait."""
+        return bool(self._caller.is_current_async_call_done(blocking=False, no_dist=True))
 
     def finish(self) -> str | None:
         """Wait for the writers, and write the metadata.

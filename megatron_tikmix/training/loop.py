@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -213,14 +214,16 @@ def train_interval(run: Run, until: int) -> dict[str, Any]:
             run.optimizer,
             run.scheduler,
             batch_size,
+            partial(_to_say, run),
         )
+        stop_code, writing = result.said
         state.advance(batch_size, skipped=result.skipped)
         if not result.skipped:
             meter.add(result.loss_sums)
         check_finite(run, result)
-        run.checkpointer.poll()
+        run.checkpointer.poll(bool(writing))
         if run.stopping is not None and not state.done:
-            run.stop_reason = run.stopping.reason(state.iteration)
+            run.stop_reason = run.stopping.reason(state.iteration, stop_code)
         if state.iteration == until or run.stop_reason is not None:
             return metrics_row(run, result, meter)
         every = run.config.checkpoint.save_interval
@@ -233,6 +236,12 @@ def train_interval(run: Run, until: int) -> dict[str, Any]:
             run.checkpointer.save(state)
 
 
+def _to_say(run: Run) -> tuple[int, int]:
+    """What this rank tells the others in a step: whether to end, and whether it writes a save."""
+    code = 0 if run.stopping is None else run.stopping.code()
+    return code, int(run.checkpointer.is_writing())
+
+
 def check_finite(run: Run, result: StepResult) -> None:
     """Count a skipped update, and stop all ranks when there are too many in a row.
 
@@ -240,7 +249,7 @@ def check_finite(run: Run, result: StepResult) -> None:
         TrainingError: the gradient was not finite in `train.max_skipped_iterations` iterations in
             a row.
     """
-    if result.grad_norm is None or math.isfinite(result.grad_norm):
+    if math.isfinite(result.grad_norm):
         run.lost_in_a_row = 0
         return
     run.lost_in_a_row += 1

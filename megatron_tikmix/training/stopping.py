@@ -10,8 +10,6 @@ from types import FrameType, TracebackType
 from typing import Any
 
 from megatron_tikmix.config import TrainConfig
-from megatron_tikmix.megatron.collectives import max_over_ranks
-from megatron_tikmix.megatron.groups import Parallel
 
 _log = logging.getLogger(__name__)
 
@@ -85,6 +83,9 @@ class SignalWatch:
 class Stopping:
     """Decides after every step, the same on every rank, whether the run ends early.
 
+    Each rank sends its signal and time to the others during a step, on the device (`say` of
+    :func:`~megatron_tikmix.megatron.step.train_step`): a later signal ends the run a step later.
+
     Args:
         signals: None: signals are not watched.
         started: `time.monotonic()` at the start of the run, for `exit_duration_in_mins`.
@@ -93,21 +94,20 @@ class Stopping:
     def __init__(
         self,
         config: TrainConfig,
-        parallel: Parallel,
         signals: SignalWatch | None = None,
         started: float | None = None,
     ) -> None:
         self._interval = config.exit_interval
         self._minutes = config.exit_duration_in_mins
         self._started = time.monotonic() if started is None else started
-        self._parallel = parallel
         self._signals = signals
 
-    def reason(self, iteration: int) -> str | None:
-        """Return why the run ends after `iteration`, or None if it goes on. Collective."""
-        code = self._code()
-        if self._parallel.world_size > 1:
-            code = int(max_over_ranks(code, self._parallel))
+    def reason(self, iteration: int, code: int) -> str | None:
+        """Return why the run ends after `iteration`, or None if it goes on.
+
+        Args:
+            code: the largest :meth:`code` of any rank.
+        """
         if code > _OUT_OF_TIME:
             return signal.Signals(code).name
         if code == _OUT_OF_TIME:
@@ -116,7 +116,7 @@ class Stopping:
             return f"train.exit_interval ({self._interval})"
         return None
 
-    def _code(self) -> int:
+    def code(self) -> int:
         """Return this rank's reason as a number: a signal's, `_OUT_OF_TIME`, or 0 for none."""
         if self._signals is not None and self._signals.received is not None:
             return self._signals.received

@@ -9,7 +9,6 @@ import time
 import pytest
 
 from megatron_tikmix.config import TrainConfig
-from megatron_tikmix.megatron.groups import Parallel
 from megatron_tikmix.training import stopping
 from megatron_tikmix.training.stopping import SignalWatch, Stopping
 
@@ -45,9 +44,8 @@ def test_handlers_are_put_back() -> None:
 
 def test_time_and_iterations_end_a_run() -> None:
     config = TrainConfig(train_iters=20, exit_interval=7, exit_duration_in_mins=2.0)
-    alone = Parallel(0, 1, *[None] * 4)  # type: ignore[arg-type]
-    in_time = Stopping(config, alone, started=time.monotonic() - 100)
-    late = Stopping(config, alone, started=time.monotonic() - 130)
-    assert in_time.reason(6) is None
-    assert in_time.reason(14) == "train.exit_interval (7)"
-    assert late.reason(6) == "train.exit_duration_in_mins (2)"
+    in_time = Stopping(config, started=time.monotonic() - 100)
+    late = Stopping(config, started=time.monotonic() - 130)
+    assert in_time.reason(6, in_time.code()) is None
+    assert in_time.reason(14, in_time.code()) == "train.exit_interval (7)"
+    assert late.reason(6, late.code()) == "train.exit_duration_in_mins (2)"

@@ -1,0 +1,167 @@
+"""Ranks of small layouts, one after another, on the device that stands in for an accelerator.
+
+usage: python -m tests.distributed.stand_in_cases SETTINGS.yaml CASES.yaml [RESULT.json]
+
+A process of its own: the stand-in changes torch and megatron-core for good. For each case it writes
+what it saw, rank by rank.
+"""
+
+import contextlib
+import json
+import os
+import sys
+import tempfile
+import traceback
+import warnings
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from megatron_tikmix.rehearsal import stand_in
+
+stand_in.install()
+
+import torch.distributed as dist  # noqa: E402
+import yaml  # noqa: E402
+from megatron.core import parallel_state, tensor_parallel  # noqa: E402
+from megatron.core.dist_checkpointing.mapping import ShardedTensor  # noqa: E402
+from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: E402
+
+from megatron_tikmix.config import load_config  # noqa: E402
+from megatron_tikmix.megatron.groups import Parallel  # noqa: E402
+from megatron_tikmix.training import loop  # noqa: E402
+from megatron_tikmix.training.build import build, load_data  # noqa: E402
+from megatron_tikmix.training.record import Recorder  # noqa: E402
+from megatron_tikmix.training.stopping import Stopping  # noqa: E402
+from tests.conftest import overridden  # noqa: E402
+
+
+def run_case(
+    settings: dict[str, Any], world_size: int, rank: int, plant: str | None, said: list[Any]
+) -> dict:
+    """Train, evaluate, probe, remix and save on one rank; what was seen."""
+    folder = Path(tempfile.mkdtemp())
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump(settings | {"run_dir": str(folder / "run")}))
+    os.environ["RANK"], os.environ["WORLD_SIZE"] = str(rank), str(world_size)
+    stand_in.begin(rank, world_size)
+    seen: dict[str, Any] = {"errors": []}
+    try:
+        config, resolved = load_config([str(path)])
+        config.check(world_size)
+        model = config.model
+        parallel_state.initialize_model_parallel(
+            model.tensor_model_parallel_size,
+            model.pipeline_model_parallel_size,
+            model.virtual_pipeline_model_parallel_size,
+            create_gloo_process_groups=False,
+        )
+        tensor_parallel.model_parallel_cuda_manual_seed(config.seed)
+        parallel = Parallel(
+            rank,
+            world_size,
+            stand_in.DEVICE,
+            ProcessGroupCollection.use_mpu_process_groups(),
+            dist.new_group(),
+            dist.new_group(),
+        )
+        watched = stand_in.StandIn(heard=said)
+
+        def part(name: str, do: Any) -> Any:
+            try:
+                with watched.phase(name):
+                    return do()
+            except Exception as error:
+                place = traceback.extract_tb(error.__traceback__)[-1]
+                text = " ".join(str(error).split())[:200]
+                seen["errors"].append(f"{name}: {type(error).__name__}: {text} at {place}")
+                if os.environ.get("VERBOSE"):
+                    traceback.print_exc()
+
+        with watched, planted(plant, rank):
+            data = load_data(config)
+            recorder = Recorder(config, resolved, parallel)
+            recorder.open_folder()
+            run = part("build", lambda: build(config, data, recorder, parallel))
+            run.stopping = Stopping(config.train)
+            recorder.begin("", run.state)
+            part("start", lambda: loop.open_stage(run, None, loop.measure(run)))
+            part("first steps", lambda: loop.train_interval(run, until=3))
+            part("step", lambda: loop.train_interval(run, until=4))
+            if run.remixer is not None:
+                part("boundary", lambda: loop.reset_mixture(run, loop.measure(run)))
+                part("steps after", lambda: loop.train_interval(run, until=6))
+            seen["misplaced state"] = part("checkpoint", lambda: misplaced_state(run))
+            recorder.close()
+        seen["waits"] = [[phase, place, n] for (phase, place), n in watched.waits.items()]
+        seen["misplaced"] = [[phase, at, n] for (phase, at), n in watched.misplaced.items()]
+        seen["collectives"] = [
+            [c.phase, c.kind, list(c.ranks), c.nbytes, c.on_host] for c in watched.collectives
+        ]
+        seen["peaks"] = {p: watched.peak(p) for p in ("build", "step", "boundary")}
+        if rank == 0:
+            said[:] = watched.said
+        seen["source"] = run.state.ledger[-1].source
+    finally:
+        with contextlib.suppress(Exception):
+            parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+    return seen
+
+
+def misplaced_state(run: loop.Run) -> list[str]:
+    """Parameters and moments that a checkpoint would not take from the device."""
+    state = run.checkpointer._sharded_state(is_loading=False)
+    found = []
+
+    def look(value: Any) -> None:
+        if isinstance(value, ShardedTensor):
+            if value.data is not None and value.data.device != stand_in.DEVICE:
+                found.append(value.key)
+        elif isinstance(value, dict):
+            for each in value.values():
+                look(each)
+        elif isinstance(value, (list, tuple)):
+            for each in value:
+                look(each)
+
+    look(state)
+    return found
+
+
+@contextlib.contextmanager
+def planted(what: str | None, rank: int):
+    yield
+
+
+def main(settings: str, cases: str, result: str | None = None) -> None:
+    warnings.simplefilter("ignore")
+    base = yaml.safe_load(Path(settings).read_text())
+    found: dict[str, Any] = {}
+    for name, case in yaml.safe_load(Path(cases).read_text()).items():
+        ranks = case.get("ranks", range(case["world_size"]))
+        found[name], said = {}, []
+        for rank in ranks:
+            try:
+                seen = run_case(
+                    overridden(base, case.get("settings", {})),
+                    case["world_size"],
+                    rank,
+                    case.get("plant"),
+                    said,
+                )
+            except Exception as error:
+                if os.environ.get("VERBOSE"):
+                    traceback.print_exc()
+                seen = {"errors": [f"{type(error).__name__}: {error}"]}
+            found[name][str(rank)] = seen
+            print(name, rank, seen["errors"] or "ok", seen.get("source"), flush=True)
+            if os.environ.get("VERBOSE"):
+                print(Counter({(a, b): n for a, b, n in seen.get("waits", [])}))
+                print(seen.get("misplaced"), seen.get("peaks"), seen.get("misplaced state"))
+    if result:
+        Path(result).write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
