@@ -3,7 +3,7 @@
 import sys
 
 from megatron_tikmix.errors import InputError, TrainingError
-from megatron_tikmix.log import configure_logging, tell_error
+from megatron_tikmix.log import configure_logging, print_error
 from megatron_tikmix.megatron.apex import check_apex
 
 
@@ -19,10 +19,10 @@ def main(arguments: list[str]) -> int:
         config, resolved = load_config(arguments)
         pretrain(config, resolved)
     except InputError as error:
-        tell_error(str(error))
+        print_error(str(error))
         return 2
     except TrainingError as error:
-        tell_error(str(error))
+        print_error(str(error))
         return 1
     return 0
 

@@ -9,17 +9,17 @@ class InputError(ValueError):
 
 
 class TrainingError(RuntimeError):
-    """Training cannot go on: one sentence with what happened and the remedy.
+    """Training cannot continue: one sentence that says what happened, and the remedy.
 
-    Raised on every rank alike. Entry points print it on one rank and exit with code 1.
+    It is raised on every rank. Entry points print it on one rank and exit with code 1.
     """
 
 
 class RolloutError(TrainingError):
-    """A rollout failed: raised on every rank alike, with training's state put back."""
+    """A rollout failed. It is raised on every rank, after training's state was restored."""
 
 
 def require(condition: bool, name: str, problem: str) -> None:
-    """Raise :class:`InputError` naming the field unless `condition` holds."""
+    """Raise :class:`InputError`, naming the field, unless `condition` holds."""
     if not condition:
         raise InputError(f"{name} {problem}")

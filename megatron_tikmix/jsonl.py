@@ -1,7 +1,7 @@
-"""JSON lines, plain or compressed: one object a line, and a sentence for everything else.
+"""JSON lines, plain or compressed: one object a line, with a clear error for everything else.
 
-What a run appends to is written a whole line at a time, and flushed, so a reader need not wait
-until the run is over, and a killed run loses at most the line that it was writing.
+The files that a run appends to are written a whole line at a time, and flushed, so they can be read
+while it goes on, and a killed run loses at most the line that it was writing.
 """
 
 import bz2
@@ -24,7 +24,7 @@ from megatron_tikmix.errors import InputError
 Row = dict[str, Any]
 
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
-"""File names that end so are unpacked as they are read."""
+"""Suffixes of compressed files, which are unpacked as they are read."""
 
 
 class BadDocument(InputError):
@@ -45,15 +45,15 @@ class Line:
 
     path: Path
     first: int
-    """The byte of the file at which the first line that was read begins."""
+    """Offset in bytes of the first line that was read."""
 
     number: int
-    """Counted from that line, which is 1."""
+    """Number of this line, counted from that first one, which is 1."""
 
     content: bytes
 
     def __str__(self) -> str:
-        """Return the line's place in the file, for messages; counted here, since it is slow."""
+        """Return file and line number, for messages; it counts lines before `first`, so is slow."""
         before = 0
         if self.first:
             with self.path.open("rb") as file:
@@ -68,7 +68,7 @@ class Line:
 def read_lines(
     path: Path, start: int = 0, stop: int | None = None, *, blank: bool = False
 ) -> Iterator[Line]:
-    """The lines of a file, unpacked if its name says that it is compressed.
+    """Yield the lines of a file, unpacked if its name says that it is compressed.
 
     Args:
         start: only lines that begin at this byte or later. Files that are not compressed only.
@@ -76,7 +76,7 @@ def read_lines(
         blank: yield blank lines too.
 
     Raises:
-        BadDocument: the compressed data is truncated or damaged; what came before it was yielded.
+        BadDocument: the compressed data is truncated or damaged, after the lines before it.
         InputError: the file cannot be read.
     """
     number = 0
@@ -84,7 +84,7 @@ def read_lines(
         with open_binary(path) as file:
             if start:
                 file.seek(start - 1)
-                start += len(file.readline()) - 1  # the line that began before is not ours
+                start += len(file.readline()) - 1  # skip the line that began before `start`
             at = start
             for number, content in enumerate(file, start=1):
                 if stop is not None and at >= stop:
@@ -103,10 +103,10 @@ def read_lines(
 
 
 def open_binary(path: Path) -> BinaryIO:
-    """The file's bytes, unpacked if need be.
+    """Open a file for its bytes, unpacked if it is compressed.
 
     Raises:
-        InputError: there is no reader of ``.zst`` here.
+        InputError: the package that reads ``.zst`` is missing.
     """
     openers: dict[str, Callable[..., Any]] = {
         ".gz": gzip.open,
@@ -119,10 +119,10 @@ def open_binary(path: Path) -> BinaryIO:
 
 
 def parse_object(line: Line, example: str) -> dict[str, Any]:
-    """The JSON object that a line holds.
+    """Return the JSON object in a line.
 
     Args:
-        example: what a good line looks like.
+        example: a description of a good line, for the message.
 
     Raises:
         BadDocument: names the file, the line and what is wrong there.
@@ -152,8 +152,8 @@ def read_objects(path: Path, example: str, *, torn_tail: bool = False) -> list[d
     """Return the JSON objects of a file, one a line.
 
     Args:
-        example: what a good line looks like.
-        torn_tail: drop a last line without a line end that is no object, as a kill leaves it.
+        example: a description of a good line, for the message.
+        torn_tail: drop an incomplete last line, as a killed run leaves it.
 
     Raises:
         BadDocument: names the file, the line and what is wrong there.
@@ -171,9 +171,9 @@ def read_objects(path: Path, example: str, *, torn_tail: bool = False) -> list[d
 
 
 def read_jsonl(path: str | Path) -> list[Row]:
-    """Return every object of a run's file; none if there is no file.
+    """Return all objects of a run's file; none if there is no file.
 
-    A last line that a kill has torn is left out.
+    An incomplete last line, as a killed run leaves it, is left out.
 
     Raises:
         InputError: another line is no JSON object.
@@ -185,10 +185,10 @@ def read_jsonl(path: str | Path) -> list[Row]:
 
 
 def append_jsonl(path: str | Path, row: Mapping[str, Any]) -> None:
-    """Append `row` as one line of JSON, and have it on disk; see :func:`json_line`.
+    """Append `row` as one line of JSON (see :func:`json_line`), and sync it to the disk.
 
     Raises:
-        OSError: it cannot be written (the disk is full, say); the file is then what it was.
+        OSError: it cannot be written (the disk is full, say); the file is then unchanged.
     """
     with open(path, "a+b", buffering=0) as file:
         _mend_torn_tail(file)
@@ -209,14 +209,14 @@ def json_line(row: Mapping[str, Any]) -> str:
 
 
 def text_of(content: dict[str, Any], field: str, where: object, option: str) -> str:
-    """The text in a field of a document.
+    """Return the text in a field of a document.
 
     Args:
-        where: its place, in words, for messages.
-        option: what names the field, for messages.
+        where: the document's place, in words, for messages.
+        option: the option or setting that names the field, for messages.
 
     Raises:
-        BadDocument: there is no such field, or no text in it.
+        BadDocument: there is no such field, or it holds no valid text.
     """
     if field not in content:
         raise BadDocument(
@@ -244,12 +244,12 @@ def text_of(content: dict[str, Any], field: str, where: object, option: str) -> 
 def _damage(path: Path) -> tuple[type[Exception], ...]:
     """Return the exceptions that reading damaged compressed data raises."""
     known: tuple[type[Exception], ...] = (EOFError, zlib.error, gzip.BadGzipFile, lzma.LZMAError)
-    # Those of the standard library and of pyarrow are bare OSErrors.
+    # The readers of .bz2 and .zst raise plain OSErrors.
     return (*known, OSError) if path.suffix in (".bz2", ".zst") else known
 
 
 def _open_zst(path: Path) -> io.BufferedReader:
-    # pyarrow and not zstandard, which takes a truncated file for a shorter one.
+    # Not by zstandard, which does not notice that a file is truncated.
     try:
         import pyarrow
     except ImportError as error:
@@ -261,7 +261,7 @@ def _open_zst(path: Path) -> io.BufferedReader:
 
 
 def _mend_torn_tail(file: BinaryIO) -> None:
-    """Make the file end with a whole line, so that no row is appended to a torn one."""
+    """Complete or remove an incomplete last line, so that no row is appended to it."""
     end = file.seek(0, os.SEEK_END)
     if end == 0:
         return
@@ -273,7 +273,7 @@ def _mend_torn_tail(file: BinaryIO) -> None:
     if not _is_object(tail):
         file.truncate(end - len(tail))
     else:
-        file.write(b"\n")  # whole, but for its line end
+        file.write(b"\n")  # only the line end is missing
 
 
 def _is_object(line: bytes) -> bool:

@@ -1,7 +1,7 @@
-"""What the package says through :mod:`logging`: with the rank in front, and only what matters.
+"""Logging: the package's records on standard error, with the rank in front.
 
-Modules use ``logging.getLogger(__name__)``. What a run tells its user by design (plan, tables,
-progress) is :mod:`megatron_tikmix.monitoring.terminal`'s; this is for what may go unseen.
+Modules use ``logging.getLogger(__name__)``. The regular output of a run (plan, tables, progress) is
+printed by :mod:`megatron_tikmix.monitoring.terminal`; logging is for everything else.
 """
 
 import logging
@@ -14,7 +14,7 @@ PACKAGE = "megatron_tikmix"
 
 
 class _StandardError(logging.Handler):
-    """Writes to what `sys.stderr` is at that moment: a progress bar puts itself in its place."""
+    """Writes to the current `sys.stderr`, which a progress bar may have replaced."""
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
@@ -26,9 +26,8 @@ class _StandardError(logging.Handler):
 def configure_logging() -> None:
     """Send the package's records and Python's warnings to standard error, rank first.
 
-    Rank 0 tells from INFO on; the others, who would only repeat it, from ERROR on. The level of
-    rank 0 is `MEGATRON_TIKMIX_LOG_LEVEL`, if that is set. Notes of megatron-core and torch on
-    optional packages are dropped.
+    The level is INFO on rank 0, or `MEGATRON_TIKMIX_LOG_LEVEL` if that is set, and ERROR on the
+    others, which would only repeat it. Warnings of megatron-core and torch are dropped.
     """
     rank = _rank()
     handler = _StandardError()
@@ -45,11 +44,11 @@ def configure_logging() -> None:
         warnings.filterwarnings("ignore", module=rf"{module}\..*")
 
 
-def tell_error(sentence: str) -> None:
-    """Say why this program ends, once: ``error: ...`` on standard error.
+def print_error(sentence: str) -> None:
+    """Print ``error: ...`` on standard error, on one rank if all ranks call this.
 
-    torchrun ends the job when its first rank exits, so other ranks leave rank 0 the time to
-    speak. Who is still there afterwards is alone with the error, and says it.
+    torchrun ends the job when its first rank exits, so other ranks wait for rank 0 to print it. A
+    rank that still runs after that is the only one with the error, and prints it.
     """
     if _rank() != 0:
         time.sleep(10)

@@ -52,7 +52,7 @@ class Runner:
         self.profile = profile
         self.folder = folder
         self.jobs = jobs
-        self._data = folder.parent / "data" / _fingerprint(profile.corpus)
+        self._data = folder.parent / "data" / _digest(profile.corpus)
 
     @property
     def manifest(self) -> Path:
@@ -104,7 +104,7 @@ class Runner:
         if experiment.settings.get("remix.policy", "static") != "static":
             # Other defaults are another experiment.
             what += [asdict(RemixConfig().settled()), asdict(ProbeConfig())]
-        return self.folder / "runs" / _fingerprint(what) / "result.json"
+        return self.folder / "runs" / _digest(what) / "result.json"
 
     def _pool(self, most: int) -> ProcessPoolExecutor:
         context = multiprocessing.get_context("forkserver")
@@ -118,7 +118,7 @@ class Runner:
         )
 
 
-def _fingerprint(what: object) -> str:
+def _digest(what: object) -> str:
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:12]
 
 

@@ -28,7 +28,7 @@ from influence_parts.decision import (
 from influence_parts.statistics import Array, correlations
 from influence_parts.trained import Figures, Settings, Trained, chosen, trained
 from megatron_tikmix.influence.bank import SubBatchBank
-from megatron_tikmix.influence.budget import shared_out
+from megatron_tikmix.influence.budget import apportion
 from megatron_tikmix.measure.probe import ProbeData
 from megatron_tikmix.megatron.samples import Sample
 from megatron_tikmix.mixture.mixture import Mixture
@@ -178,7 +178,7 @@ def batch_of(
 ) -> np.ndarray:
     """Which of each domain's B sub-batches make a batch of the mixture, int (D, B); −1: not."""
     picks_DB = generator.permuted(np.tile(np.arange(B), (D, 1)), axis=1)
-    return np.where(np.arange(B) < shared_out(size, weights_D)[:, None], picks_DB, -1)
+    return np.where(np.arange(B) < apportion(size, weights_D)[:, None], picks_DB, -1)
 
 
 def influence_of(batch: SubBatchBank) -> Array:

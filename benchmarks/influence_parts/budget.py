@@ -13,7 +13,7 @@ from influence_parts.decision import SUB_BATCH_SAMPLES, Decision, reference_bank
 from influence_parts.statistics import mean_and_interval
 from influence_parts.trained import Figures, Settings, chosen, trained
 from megatron_tikmix.influence.bank import MIN_SUB_BATCHES, SubBatchBank
-from megatron_tikmix.influence.budget import AdaptiveBudget, shared_out
+from megatron_tikmix.influence.budget import AdaptiveBudget, apportion
 from megatron_tikmix.mixture.mixture import Mixture
 
 PRECISIONS = (0.05, 0.025, 0.0125)
@@ -91,7 +91,7 @@ def paired(
         if not more_D.any():
             break
         counts_D = counts_D + more_D
-    equal_D = shared_out(int(counts_D.sum()), np.ones(D))
+    equal_D = apportion(int(counts_D.sum()), np.ones(D))
     distances = [
         solve(first(counts).influence_matrix()).total_variation(reference)
         for counts in (counts_D, equal_D)

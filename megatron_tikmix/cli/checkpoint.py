@@ -93,7 +93,7 @@ def list_run(run_dir: Path) -> Answer:
 
 
 def verify(path: Path) -> Answer:
-    """What is wrong with each checkpoint; None for those that are whole.
+    """Return what is wrong with each checkpoint, None for undamaged ones.
 
     Raises:
         InputError: neither a run with checkpoints nor a checkpoint.
@@ -146,7 +146,7 @@ def show(path: Path) -> Answer:
 
 
 def checkpoints_of(run_dir: Path) -> CheckpointFolder:
-    """Those of a run directory, or in a folder of checkpoints itself.
+    """Return the checkpoints of a run directory, or of a folder of checkpoints itself.
 
     Raises:
         InputError: there is no such folder.

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import megatron_tikmix
 from megatron_tikmix.errors import InputError, TrainingError
-from megatron_tikmix.log import configure_logging, tell_error
+from megatron_tikmix.log import configure_logging, print_error
 
 COMMANDS = {
     "preprocess": "turn text into Megatron's .bin/.idx files and a manifest of domains",
@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.parse_args([command])  # prints help or the version and exits, or refuses
         parser.error("name the command first, as in tikmix inspect --help")
     if command not in COMMANDS:
-        tell_error(f"there is no command {command!r}; {_hint(command)}")
+        print_error(f"there is no command {command!r}; {_hint(command)}")
         return 2
     # Before the command's module, which may import megatron-core: its notes on optional packages
     # are dropped.
@@ -65,10 +65,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         module = importlib.import_module(f"megatron_tikmix.cli.{command}")
         return int(module.main(argv[1:]))
     except InputError as error:
-        tell_error(str(error))
+        print_error(str(error))
         return 2
     except TrainingError as error:
-        tell_error(str(error))
+        print_error(str(error))
         return 1
 
 

@@ -1,4 +1,4 @@
-"""How commands print an answer: tables for people, one JSON object for programs."""
+"""The output of commands: tables for people, one JSON object for programs."""
 
 import argparse
 import sys

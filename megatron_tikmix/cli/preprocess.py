@@ -7,7 +7,7 @@ line's, or a row's, field --text_field; of text files --sample_by says what one 
 Every split of every domain becomes OUTPUT/<domain>_<split>.bin and .idx: the documents' tokens,
 each document followed by the end-of-document token. Stock Megatron reads them, and files that it
 wrote are taken in with --adopt. OUTPUT/domains.yaml, the manifest, names them all, with
-fingerprints by which training knows that they are still the same; it takes it as data.manifest.
+checksums by which training knows that they are unchanged; it takes it as data.manifest.
 The tokenizer is one that you give, or a byte-level BPE trained here on an equal share of every
 domain's train split; it is kept beside the manifest.
 
@@ -264,7 +264,7 @@ def preprocess(arguments: argparse.Namespace) -> None:
         vocab_size=encoding.vocab_size,
         eod=encoding.eod,
         domains={},
-        tokenizer_fingerprint=tokenizer.fingerprint(),
+        tokenizer_checksum=tokenizer.checksum(),
     )
     adopted = adopt(arguments.adopt, manifest)
     named = [(s.domain, s.split) for s in sources] + [
@@ -276,7 +276,7 @@ def preprocess(arguments: argparse.Namespace) -> None:
     earlier = earlier_splits(manifest, named, arguments.replace)
 
     jobs = plan(sources, encoding, unfinished, arguments.part_bytes)
-    unchanged = [job for job in jobs if still_whole(earlier.get(job.source.key), job.fingerprint)]
+    unchanged = [job for job in jobs if still_whole(earlier.get(job.source.key), job.source_digest)]
     todo = [job for job in jobs if job not in unchanged]
     output.mkdir(parents=True, exist_ok=True)
     if not arguments.merge:
@@ -318,7 +318,7 @@ def make_tokenizer(
 def earlier_splits(
     manifest: DomainManifest, named: Sequence[tuple[str, str]], replace: bool
 ) -> dict[tuple[str, str], DomainSplit]:
-    """What the manifest of an earlier run lists, by (domain, split), as far as it is to stay.
+    """Return the splits in an earlier run's manifest that are to be kept, by (domain, split).
 
     Raises:
         InputError: it was made with another tokenizer, and would not be replaced in whole.
@@ -332,11 +332,11 @@ def earlier_splits(
         for name, split in splits.items()
         if not replace or (domain, name) in named
     }
-    known = earlier.tokenizer_fingerprint
+    known = earlier.tokenizer_checksum
     if known is None and earlier.tokenizer is not None and earlier.tokenizer.path is not None:
-        known = earlier.tokenizer.fingerprint() if earlier.tokenizer.path.exists() else None
+        known = earlier.tokenizer.checksum() if earlier.tokenizer.path.exists() else None
     same = (known, earlier.vocab_size, earlier.eod) == (
-        manifest.tokenizer_fingerprint,
+        manifest.tokenizer_checksum,
         manifest.vocab_size,
         manifest.eod,
     )

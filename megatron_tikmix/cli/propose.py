@@ -37,7 +37,7 @@ from megatron_tikmix.monitoring.words import decision_in_words
 from megatron_tikmix.training.build import (
     build_checkpointer,
     build_training,
-    together,
+    make_on_all_ranks,
 )
 from megatron_tikmix.training.checkpoint import fingerprint
 from megatron_tikmix.training.state import TrainState
@@ -88,12 +88,12 @@ def print_proposal(proposal: "Proposal") -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Proposal:
-    """What was measured at a checkpoint, and what follows; whole on the main rank."""
+    """The decision made on measurements at a checkpoint; complete on the main rank only."""
 
     at: Boundary
     decision: Decision
     prefixes: dict[str, str]
-    """Of each domain's training tokens, without .bin or .idx."""
+    """The path of each domain's training tokens, without .bin or .idx."""
 
     @property
     def data_path(self) -> list[str]:
@@ -166,7 +166,7 @@ def propose(config: RunConfig, iteration: int | None = None) -> tuple[Proposal, 
         config.model, config.seed, config.timeout_minutes, config.decision_timeout_minutes
     )
     try:
-        data = together(parallel, lambda: TrainingData(config))
+        data = make_on_all_ranks(parallel, lambda: TrainingData(config))
         return _propose(config, data, iteration, parallel), parallel.is_main
     finally:
         shut_down()

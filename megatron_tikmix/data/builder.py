@@ -1,4 +1,4 @@
-"""Opens the data that a configuration names: domains, tasks, and the first mixture."""
+"""Opens the data that a configuration names: domains, tasks and the first mixture."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -64,7 +64,7 @@ class TrainingData:
         ]
         self.deciding_tasks = [t for t in self.tasks if config.tasks[t.name].decides]
         self.probed_tasks = list(self.deciding_tasks)
-        """Those whose gradients a probe keeps: with joint influence, each domain is one of them."""
+        """Tasks whose gradients a probe keeps; with joint influence one more for each domain."""
         if config.remix.influence == "joint" and config.remix.policy != "static":
             for name in self.names:
                 seed = derived_seed(config.probe.seed, "own", name)
@@ -77,7 +77,7 @@ class TrainingData:
         self._initial_mixture = (
             self.planned.mixture(0) if self.planned else self._read_initial_mixture(config)
         )
-        self.initial_schedule()  # refuses a domain named twice before anything is built
+        self.initial_schedule()  # refuses repeated domains before anything is built
 
     def stream(
         self,
@@ -88,11 +88,11 @@ class TrainingData:
         index_folder: Path | None = None,
         first_samples: int | None = None,
     ) -> DomainStream:
-        """A stream of the domain's train split.
+        """Return a stream of the domain's train split.
 
         Args:
             index_folder: as for :class:`DomainStream`.
-            first_samples: how many of its samples will be read at most; None: any number.
+            first_samples: the most samples that will be read; None: any number.
         """
         split, documents = self.manifest.split(name, "train"), None
         if first_samples is not None:
@@ -115,13 +115,13 @@ class TrainingData:
         )
 
     def initial_schedule(self) -> MixtureSchedule:
-        """The first stage: the initial mixture, in blocks of one global batch."""
+        """Return a schedule with the first stage: the initial mixture, a block per global batch."""
         schedule = MixtureSchedule(*self._order)
         schedule.append(0, self._initial_mixture.rounded())
         return schedule
 
     def _read_schedule(self, config: MixtureSections) -> tuple[MixtureSchedule | None, str]:
-        """Return the schedule to follow, if any, and a description of what it repeats of a run."""
+        """Return the given schedule, or None, and say in words what it repeats of another run."""
         if config.remix.schedule is None:
             return None, ""
         try:
@@ -143,7 +143,7 @@ class TrainingData:
         return planned, f"the mixtures and the samples of {file.path}"
 
     def stage_boundaries(self, config: MixtureSections) -> list[int]:
-        """Iterations, below train_iters, at which a stage begins, after the first one."""
+        """Return the iterations below train_iters at which stages after the first one begin."""
         if self.planned is None:
             return config.boundaries
         sizes = config.train.batch_sizes
@@ -151,11 +151,11 @@ class TrainingData:
         return [iteration for iteration in starts if iteration < config.train.train_iters]
 
     def check_repetition(self, config: MixtureSections) -> None:
-        """Refuse a mixture that is settled from the start and takes more than `max_epochs`.
+        """Refuse a mixture that takes more than `max_epochs`, as far as it is fixed from the start.
 
         Raises:
-            InputError: says which domain runs dry, when, and what would help; or it caps a domain
-                that the run does not have.
+            InputError: says which domain runs out, when, and what would help; or `max_epochs`
+                names a domain that the run does not have.
         """
         caps = config.remix.constraints.max_epochs
         if caps is None:

@@ -1,6 +1,6 @@
 """Training batches: global sample index -> (domain, k) -> sample, through the mixture schedule.
 
-The batches of a data-parallel rank follow from `consumed_samples` alone.
+The batches of a data-parallel rank depend on `consumed_samples` alone.
 """
 
 import multiprocessing
@@ -27,7 +27,7 @@ class BlendedDataset(Dataset[Sample]):
     at any time. Each sample also has ``domain``, the index of its domain, int64 ().
 
     Args:
-        parallel: of streams whose large indices lie on disk: its main rank writes them.
+        parallel: for streams with large indices on disk, which its main rank writes.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class BlendedDataset(Dataset[Sample]):
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: Sequence[int]) -> list[Sample]:
-        """The samples of these global indices: what a DataLoader asks for."""
+        """Return the samples of these global indices, as a DataLoader asks for them."""
         samples = []
         places = self._schedule.locate_many(indices)
         for domain, k in zip(places.domains_N.tolist(), places.k_N.tolist(), strict=True):
@@ -55,9 +55,9 @@ class BlendedDataset(Dataset[Sample]):
         return samples
 
     def prepare(self, start: int, samples: int) -> None:
-        """Prepare, before workers start, what the `samples` samples from `start` on need.
+        """Load, before workers start, the indices for `samples` samples from `start` on.
 
-        Collective if it was made with `parallel`.
+        Collective if the dataset was made with `parallel`.
         """
         first_D = self._schedule.domain_counts(start)
         end_D = self._schedule.domain_counts(start + samples)
@@ -82,16 +82,16 @@ class BlendedDataset(Dataset[Sample]):
         return None
 
     def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_parallel": None}  # a worker makes no collective
+        return {**self.__dict__, "_parallel": None}  # workers take part in no collective
 
 
 class MicroBatchSampler(Sampler[list[int]]):
     """The global sample indices of each micro-batch of one data-parallel rank.
 
-    As in Megatron's own sampler: consecutive groups of micro_batch_size × size samples, of which
-    each rank takes a consecutive part; `samples` from `start` on are covered once. Every global
-    batch is a whole number of such groups, whatever its size, so a batch-size ramp-up changes
-    nothing here. No list of indices is ever made.
+    As in Megatron's own sampler, of each group of micro_batch_size × size consecutive samples
+    every rank takes a consecutive part; `samples` from `start` on are covered once. Every global
+    batch, also during a batch-size ramp-up, is a whole number of such groups. Indices are computed
+    as needed, never listed.
     """
 
     def __init__(
@@ -110,10 +110,10 @@ class MicroBatchSampler(Sampler[list[int]]):
 
 
 class DataParallelLoader:
-    """Makes one iterator of micro-batches per interval, so nothing old is ever served.
+    """Makes one iterator of micro-batches per interval, so no samples of an old mixture are served.
 
-    Its workers start with the iterator, know the schedule as it is then, and end with it: none
-    is alive while a boundary decides.
+    Its workers start and end with the iterator, with a copy of the schedule at that time: none
+    runs during a boundary.
     """
 
     def __init__(
@@ -132,9 +132,9 @@ class DataParallelLoader:
         self._num_workers = num_workers
 
     def interval(self, consumed_samples: int, samples: int) -> Iterator[Sample]:
-        """This rank's micro-batches of the `samples` samples after `consumed_samples`.
+        """Return this rank's micro-batches of the `samples` samples after `consumed_samples`.
 
-        Collective, if preparing the dataset is.
+        Collective if :meth:`BlendedDataset.prepare` is.
         """
         self._dataset.prepare(consumed_samples, samples)
         batches = iter(
@@ -148,26 +148,26 @@ class DataParallelLoader:
                     size=self._size,
                 ),
                 num_workers=self._num_workers,
-                # Workers have torch's own, which stacks right into shared memory.
+                # Workers use torch's default, which stacks directly into shared memory.
                 collate_fn=None if self._num_workers else stack,
                 pin_memory=torch.cuda.is_available(),
-                # A generator of its own: making an iterator must not draw from training's RNG.
+                # Without its own generator, the iterator would draw from training's RNG.
                 generator=torch.Generator().manual_seed(consumed_samples),
-                worker_init_fn=_heed_only_the_parent,
+                worker_init_fn=_ignore_foreign_sigterm,
             )
         )
-        return _told_in_one_sentence(batches) if self._num_workers else batches
+        return _with_plain_errors(batches) if self._num_workers else batches
 
 
-def _heed_only_the_parent(worker: int) -> None:
+def _ignore_foreign_sigterm(worker: int) -> None:
     """Let SIGTERM end this worker only if its own rank sent it.
 
-    Schedulers send it to every process of a job; the rank then finishes its step, and needs its
-    workers for that. It ends them itself, by the same signal where it has failed.
+    Schedulers send it to every process of a job, but the rank needs its workers to finish its step.
+    It ends them itself, after a failure by the same signal.
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
     rank = multiprocessing.parent_process()
-    assert rank is not None  # of a worker there is one
+    assert rank is not None  # a worker has a parent
 
     def listen() -> None:
         while signal.sigwaitinfo([signal.SIGTERM]).si_pid != rank.pid:
@@ -177,8 +177,8 @@ def _heed_only_the_parent(worker: int) -> None:
     threading.Thread(target=listen, daemon=True).start()
 
 
-def _told_in_one_sentence(batches: Iterator[Sample]) -> Iterator[Sample]:
-    """Yield the batches of worker processes; raise their InputError without torch's traceback."""
+def _with_plain_errors(batches: Iterator[Sample]) -> Iterator[Sample]:
+    """Yield the workers' batches; raise their InputError without the traceback torch adds."""
     try:
         yield from batches
     except InputError as error:

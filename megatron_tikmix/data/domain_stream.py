@@ -1,4 +1,4 @@
-"""Domain sample k, as a pure function of (seed, domain, k)."""
+"""Streams of a domain's samples: sample k is a pure function of (seed, domain, k)."""
 
 import hashlib
 import logging
@@ -24,15 +24,15 @@ from megatron_tikmix.errors import InputError
 from megatron_tikmix.megatron.samples import Sample
 from megatron_tikmix.seeds import derived_seed
 
-# Most epochs' indices are small and built in a millisecond: not saving them is intended.
+# The warning is about indices that are not saved: small ones are rebuilt in a millisecond.
 logging.getLogger("megatron.core.datasets.gpt_dataset").setLevel(logging.ERROR)
 
 SMALL_INDEX_BYTES = 2**18
-"""An index up to this size is kept in memory by each rank; larger ones lie on disk, shared."""
+"""Each rank keeps indices up to this size in memory; larger ones are on disk, shared by ranks."""
 
 
 class _EndOfDocument:
-    """The part of a tokenizer that GPTDataset needs for samples that are tokens already."""
+    """The part of a tokenizer that GPTDataset needs for data that is already tokenised."""
 
     def __init__(self, eod: int, vocab_size: int) -> None:
         self.eod = eod
@@ -42,13 +42,13 @@ class _EndOfDocument:
 
 
 class _Epoch(GPTDataset):
-    """A GPTDataset without the passes over a sample that only padding and masks need.
+    """A GPTDataset that skips the work on padding and masks.
 
-    No sample of ours is padded, and document boundaries are applied to whole micro-batches.
+    The samples here are never padded, and document boundaries are applied to whole micro-batches.
     """
 
     def __getitem__(self, index: int | None) -> Sample:
-        # What else it returns differs between versions of megatron-core.
+        # The other values it returns depend on the version of megatron-core.
         text = self._query_document_sample_shuffle_indices(index)[0]
         tokens = torch.from_numpy(text).long()
         return {
@@ -70,19 +70,19 @@ _OPEN_INDICES: RecentlyUsed[_Epoch] = RecentlyUsed(64)
 def some_documents(
     lengths: np.ndarray, tokens: int, *, samples: int, sequence_length: int, seed: int
 ) -> np.ndarray | None:
-    """Documents, drawn at random, of a stream from which only the first `samples` are read.
+    """Draw documents for a stream of which only the first `samples` samples are read.
 
-    An index of a whole domain takes seconds and hundreds of megabytes for billions of tokens.
-    Those drawn hold twice as many samples, and by their tokens they count for at least four
-    documents a sample, (Σl)²/Σl²: so few of the samples read come from the same one.
+    An index of a whole domain takes seconds and hundreds of megabytes for billions of tokens. The
+    drawn documents hold twice as many samples as needed, and their effective number, (Σl)²/Σl² for
+    lengths l, is at least four for each sample, so that few samples come from the same document.
 
     Args:
         lengths: tokens of each document of the domain, int32 (documents,).
-        tokens: of all.
+        tokens: number of tokens of the domain.
 
     Returns:
-        sorted indices, int64 (n,); None, for all documents, where the whole index is small anyway,
-        or half of them would not be enough.
+        sorted indices, int64 (n,); None, for all documents, if the whole index is small anyway or
+        half of the documents would not be enough.
     """
     if _index_bytes(tokens // sequence_length, len(lengths)) <= SMALL_INDEX_BYTES:
         return None
@@ -99,7 +99,7 @@ def some_documents(
 
 
 def _index_bytes(samples: int, documents: int) -> int:
-    """Where each sample starts (document, offset), the samples' order and the documents'."""
+    """Return the size of an index: each sample's start, and the orders of samples and documents."""
     return 12 * samples + 4 * documents
 
 
@@ -108,15 +108,15 @@ class DomainStream:
 
     Every epoch is a megatron-core ``GPTDataset`` of exactly one pass, with a seed of its own,
     so sample k never depends on how many samples will be drawn. An epoch serves each of the
-    ⌊(tokens − 1) / sequence_length⌋ samples once. Making a stream opens nothing: of all streams
-    of a process, a bounded number of files is open at a time.
+    ⌊(tokens − 1) / sequence_length⌋ samples once. Making a stream opens no file, and all streams
+    of a process together have a bounded number of files open at a time.
 
-    A sample's ``tokens`` and ``labels`` are views of the same memory, and all share
-    ``position_ids``: what a batch is made of is copied.
+    A sample's ``tokens`` and ``labels`` are views of the same memory, and all samples share
+    ``position_ids``; batches are copies.
 
     Args:
         name: the domain, used in the seed and in messages.
-        split: where the tokens are, and how many.
+        split: the domain's files, with the number of tokens.
         documents: indices of the documents to serve, int (n,); None for all.
         index_folder: where the indices of large epochs are kept, for all ranks; None: in memory.
 
@@ -165,14 +165,14 @@ class DomainStream:
         return sample
 
     def epochs_of(self, first_k: int, end_k: int) -> range:
-        """The epochs in which samples `first_k` to below `end_k` lie."""
+        """Return the epochs that contain the samples from `first_k` to below `end_k`."""
         n = self.samples_per_epoch
         return range(first_k // n, -(-end_k // n) if end_k > first_k else first_k // n)
 
     def write_indices(self, epochs: Iterable[int]) -> None:
-        """Write to disk the indices of these epochs that belong there. Call it on one rank only.
+        """Write the large indices among those of these epochs to disk. Call it on one rank only.
 
-        What cannot be written is not: each rank then builds its own, in memory.
+        If an index cannot be written, each rank builds it in memory.
         """
         for epoch in epochs:
             path = self._index_path(epoch)
@@ -193,7 +193,7 @@ class DomainStream:
                 shutil.rmtree(unfinished, ignore_errors=True)
 
     def prepare(self, epochs: Iterable[int]) -> None:
-        """Load the indices of these epochs and drop all others; without epochs, keep all."""
+        """Load the indices of these epochs and drop all others; keep all if there are none."""
         epochs = list(epochs)
         if not epochs:
             return
@@ -262,7 +262,7 @@ class DomainStream:
         return samples
 
     def padding(self) -> Sample:
-        """A sample that counts for nothing: its loss is masked throughout."""
+        """Return a sample whose loss is masked throughout, to fill a micro-batch."""
         sample: dict[str, Any] = self[0]
         sample["loss_mask"] = torch.zeros_like(sample["loss_mask"])
         return sample

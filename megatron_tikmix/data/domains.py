@@ -34,13 +34,13 @@ class DomainSplit:
     prefix: Path
     documents: int
     tokens: int
-    """End-of-document tokens included."""
+    """Number of tokens, with end-of-document tokens."""
 
-    fingerprint: str | None = None
-    """:meth:`TokenFiles.fingerprint` of the pair; None in manifests that do not know it."""
+    checksum: str | None = None
+    """:meth:`TokenFiles.checksum` of the pair (on disk `fingerprint`); None in old manifests."""
 
     source: str | None = None
-    """A digest of the text and the options that the pair was made from."""
+    """A digest of the text and options from which the pair was made."""
 
     @property
     def bin_path(self) -> Path:
@@ -60,8 +60,8 @@ class DomainManifest:
     vocab_size: int
     eod: int
     domains: Mapping[str, Mapping[str, DomainSplit]]
-    tokenizer_fingerprint: str | None = None
-    """:meth:`TokenizerFiles.fingerprint`; None in manifests that do not know it."""
+    tokenizer_checksum: str | None = None
+    """:meth:`TokenizerFiles.checksum` (on disk `tokenizer_fingerprint`); None in old manifests."""
 
     @classmethod
     def load(cls, path: str | Path) -> "DomainManifest":
@@ -95,7 +95,7 @@ class DomainManifest:
         return cls(
             path=path,
             tokenizer=tokenizer,
-            tokenizer_fingerprint=fields["tokenizer_fingerprint"],
+            tokenizer_checksum=fields["tokenizer_fingerprint"],
             vocab_size=vocab_size,
             eod=eod,
             domains={
@@ -109,7 +109,7 @@ class DomainManifest:
         where = None if tokenizer is None or tokenizer.path is None else tokenizer.path
         known = {
             "tokenizer_library": None if tokenizer is None else tokenizer.library,
-            "tokenizer_fingerprint": self.tokenizer_fingerprint,
+            "tokenizer_fingerprint": self.tokenizer_checksum,
         }
         content = {
             "tokenizer": None if where is None else self._relative(where),
@@ -127,7 +127,7 @@ class DomainManifest:
         os.replace(unfinished, self.path)
 
     def _split_content(self, split: DomainSplit) -> dict[str, Any]:
-        known = {"fingerprint": split.fingerprint, "source": split.source}
+        known = {"fingerprint": split.checksum, "source": split.source}
         return {
             "prefix": self._relative(split.prefix),
             "documents": split.documents,
@@ -142,10 +142,10 @@ class DomainManifest:
         return str(absolute.relative_to(folder) if absolute.is_relative_to(folder) else absolute)
 
     def split(self, domain: str, split: str) -> DomainSplit:
-        """One split of one domain.
+        """Return one split of one domain.
 
         Raises:
-            InputError: there is none of that name; the names there are, are given.
+            InputError: there is none of that name; the message lists the names.
         """
         if domain not in self.domains:
             raise InputError(
@@ -159,17 +159,17 @@ class DomainManifest:
         return splits[split]
 
     def check_tokenizer(self) -> None:
-        """Check that the tokenizer, if its file is there, is the one that the manifest knows.
+        """Check that the tokenizer, if its file exists, is the one that made the token files.
 
         Raises:
-            InputError: it is another: its file was replaced.
+            InputError: its file was replaced.
         """
-        tokenizer, known = self.tokenizer, self.tokenizer_fingerprint
+        tokenizer, known = self.tokenizer, self.tokenizer_checksum
         if tokenizer is None or known is None:
             return
         if tokenizer.path is not None and not tokenizer.path.exists():
-            return  # only prompts need it, and they say so
-        if tokenizer.fingerprint() != known:
+            return  # only prompt tasks need it, and report that it is missing
+        if tokenizer.checksum() != known:
             raise InputError(
                 f"{tokenizer.path} is not the tokenizer that the token files of {self.path} were "
                 f"made with; put that one back, or {AGAIN}"
@@ -179,7 +179,7 @@ class DomainManifest:
         """Check the files of these splits of these domains, without reading the tokens.
 
         Raises:
-            InputError: a file is missing or truncated, or is not what the manifest says.
+            InputError: a file is missing or truncated, or differs from what the manifest says.
         """
         splits = tuple(splits)
         for domain in domains:
@@ -195,7 +195,7 @@ class DomainManifest:
                     f"{self.path}: {field}.{name} is {listed}, but {split.idx_path} says {real}; "
                     f"{AGAIN}"
                 )
-        if split.fingerprint is not None and found.fingerprint() != split.fingerprint:
+        if split.checksum is not None and found.checksum() != split.checksum:
             raise InputError(
                 f"{split.bin_path} and {split.idx_path} are not the files that {self.path} lists "
                 f"as {field}: their content was changed; {AGAIN}"
@@ -250,7 +250,13 @@ def _domain(path: Path, name: object, splits: object) -> dict[str, DomainSplit]:
 def _split(path: Path, where: str, name: str, content: object) -> DomainSplit:
     kinds = {"prefix": str, "documents": int, "tokens": int, "fingerprint": str, "source": str}
     fields = _take(f"{where}.{name}:", content, kinds, optional={"fingerprint", "source"})
-    return DomainSplit(**{**fields, "prefix": path.parent / fields["prefix"]})
+    return DomainSplit(
+        prefix=path.parent / fields["prefix"],
+        documents=fields["documents"],
+        tokens=fields["tokens"],
+        checksum=fields["fingerprint"],
+        source=fields["source"],
+    )
 
 
 def _take(
@@ -270,7 +276,7 @@ def _take(
             continue
         if name not in content:
             raise InputError(f"{where} field {name} is missing; the fields are {expected}")
-        # bool is an int to Python, and never what is meant here.
+        # bool is a subclass of int, but never a valid number here.
         ill_typed = not isinstance(value, kind) or isinstance(value, bool)
         if ill_typed or (isinstance(value, int) and value < 0):
             raise InputError(f"{where} field {name} must be {words[kind]}, and is {value!r}")

@@ -1,4 +1,4 @@
-"""`.bin/.idx` pairs of which a bounded number is open at a time, over all streams of a process."""
+"""Reading `.bin/.idx` pairs with a bounded number of open files in a process, over all streams."""
 
 import os
 import weakref
@@ -38,14 +38,14 @@ class RecentlyUsed(Generic[Opened]):
 
 
 class _OpenTokens:
-    """An IndexedDataset, whose tokens are read, not mapped.
+    """An IndexedDataset that reads tokens from the file instead of mapping it.
 
-    Reading a mapped file that was cut short, or lies on a disk that fails, ends the process by
-    SIGBUS without a word; here it raises an error that says where.
+    If a mapped file is truncated or its disk fails, reading it kills the process silently by
+    SIGBUS; here it raises an error that names the file.
     """
 
     def __init__(self, prefix: str) -> None:
-        # Views of the map of the index, which megatron-core opens and, with the dataset, closes.
+        # Views of the mapped index, which megatron-core opens, and closes with the dataset.
         self.dataset = IndexedDataset(prefix, multimodal=False, mmap=False)
         index = self.dataset.index
         self.lengths, self.offsets = index.sequence_lengths, index.sequence_pointers
@@ -56,14 +56,14 @@ class _OpenTokens:
         weakref.finalize(self, os.close, self._descriptor)
 
     def read(self, idx: int, offset: int, length: int) -> NDArray[np.integer]:
-        """`length` tokens of document `idx`, from its token `offset` on.
+        """Return `length` tokens of document `idx`, from its token `offset` on.
 
         Raises:
             InputError: names the file and the byte that cannot be read.
         """
         at, size = self.offsets.item(idx) + offset * self._itemsize, length * self._itemsize
         try:
-            data = os.pread(self._descriptor, size, at)  # the whole, but at the end of a file
+            data = os.pread(self._descriptor, size, at)  # short only at the end of the file
             while len(data) < size:
                 more = os.pread(self._descriptor, size - len(data), at + len(data))
                 if not more:
@@ -86,14 +86,14 @@ OPEN_TOKEN_FILES: RecentlyUsed[_OpenTokens] = RecentlyUsed(128)
 
 
 class TokenFile:
-    """What a GPTDataset asks of megatron-core's IndexedDataset, from files opened when needed.
+    """A stand-in for megatron-core's IndexedDataset in a GPTDataset; opens files when needed.
 
     `sequence_lengths` is a view of the open file: use it before another one is opened.
     """
 
     def __init__(self, prefix: Path) -> None:
         self.path_prefix = str(prefix)
-        # Files that were replaced since are other files.
+        # The time distinguishes a replaced file from the one in the cache.
         self._key = f"{prefix} {Path(f'{prefix}.idx').stat().st_mtime_ns}"
 
     def _opened(self) -> _OpenTokens:
@@ -101,12 +101,12 @@ class TokenFile:
 
     @property
     def sequence_lengths(self) -> NDArray[np.int32]:
-        """Tokens of each document."""
+        """The number of tokens of each document."""
         lengths: NDArray[np.int32] = self._opened().lengths
         return lengths
 
     def get(self, idx: int, offset: int = 0, length: int | None = None) -> NDArray[np.integer]:
-        """Tokens of one document, or of a part of it.
+        """Return the tokens of one document, or of a part of it.
 
         Raises:
             InputError: names the file and the byte that cannot be read.

@@ -1,6 +1,6 @@
-"""Validation tasks: held-out tokens, or prompts of which the completions are measured.
+"""Validation tasks: held-out tokens, or prompts with completions, on which the loss counts.
 
-Each is cut into items that decide and items that report.
+Each is divided into deciding items, on which mixtures are chosen, and reporting items.
 """
 
 import math
@@ -29,14 +29,14 @@ _AT_ONCE = 1024  # items that are tokenised together
 
 @dataclass(frozen=True)
 class Item:
-    """One item, cut to one sample.
+    """A prompt with its completion, cut to the length of a sample.
 
     Attributes:
-        ids: at most sequence_length + 1 of them, int32, the completion's last.
-        completion: how many of them are the completion's; at least one is not.
-        bytes: of the completion, as UTF-8.
-        group: items of the same number have the same prompt.
-        cut: which of ``prompt`` and ``completion`` did not fit.
+        ids: token ids, int32, at most sequence_length + 1, with the completion at the end.
+        completion: the number of ids that belong to the completion; at least one does not.
+        bytes: the length of the completion in UTF-8.
+        group: a number that items with the same prompt share.
+        cut: those of ``prompt`` and ``completion`` that did not fit.
     """
 
     ids: NDArray[np.int32]
@@ -58,19 +58,19 @@ def read_items(
     sequence_length: int,
     needs_prompt: bool = False,
 ) -> list[Item]:
-    """The items of a JSONL file, plain or compressed, one object a line.
+    """Read the items of a JSONL file, plain or compressed, one object a line.
 
-    The end-of-document token goes before every prompt, as before every document in training.
-    Prompt and completion are tokenised apart, after blanks at the end of the prompt are moved to
-    the beginning of the completion, where tokenizers want them: so the completion's tokens are
-    its own, and its bytes are known.
+    The end-of-document token precedes every prompt, as it precedes every document in training.
+    Prompt and completion are tokenised separately, so that no token spans both and the completion's
+    bytes are known. Blanks at the end of the prompt are first moved to the beginning of the
+    completion, where tokenizers expect them.
 
     Args:
         task: the field of the configuration that names the file, for messages.
         needs_prompt: refuse completions without a prompt.
 
     Raises:
-        InputError: names the file and the line that is not what it must be.
+        InputError: names the file, the line and what is wrong there.
     """
     if not path.is_file():
         raise InputError(f"{task}.prompts: {path}: no such file")
@@ -106,7 +106,7 @@ def read_items(
 def _batches(
     path: Path, task: str, prompt_field: str, completion_field: str
 ) -> Iterator[list[tuple[Line, str, str]]]:
-    """(where, prompt, completion) of every item."""
+    """Yield batches of (line, prompt, completion)."""
     batch: list[tuple[Line, str, str]] = []
     example = f'{{"{prompt_field}": ..., "{completion_field}": ...}}'
     for line in read_lines(path):
@@ -149,7 +149,7 @@ def _item(
 
 
 def halves(items: Sequence[Item], seed: int) -> tuple[list[Item], list[Item]]:
-    """Two halves of about equal completion tokens, in an order drawn from `seed`.
+    """Divide items into two halves of about equal completion tokens, at random by `seed`.
 
     Items with the same prompt, such as the choices of one question, are in the same half.
     """
@@ -169,9 +169,8 @@ def halves(items: Sequence[Item], seed: int) -> tuple[list[Item], list[Item]]:
 class CompletionStream:
     """Items as samples of `sequence_length` tokens.
 
-    A sample begins with the item and is filled up with end-of-document tokens on the right, which
-    attention from the item's tokens does not reach. The loss counts where the label is one of the
-    completion's tokens.
+    A sample begins with the item and is filled up with end-of-document tokens, which the item's
+    tokens cannot attend to. The loss counts where the label is one of the completion's tokens.
     """
 
     def __init__(self, items: Sequence[Item], *, sequence_length: int, eod: int) -> None:
@@ -195,27 +194,31 @@ class CompletionStream:
         }
 
     def padding(self) -> Sample:
-        """A sample that counts for nothing: its loss is masked throughout."""
+        """Return a sample whose loss is masked throughout, to fill a micro-batch."""
         sample = self[0]
         sample["loss_mask"] = torch.zeros_like(sample["loss_mask"])
         return sample
 
     def bits_per_byte(self, loss: float, samples: int) -> float:
-        """Bits per byte of the first `samples` completions, of a mean `loss` in nats per token."""
+        """Return the bits per byte of the first `samples` completions.
+
+        Args:
+            loss: their mean loss in nats per token.
+        """
         measured = self._items[:samples]
         tokens = sum(item.completion for item in measured)
         return loss * tokens / (math.log(2) * sum(item.bytes for item in measured))
 
 
 class SampleStream(Protocol):
-    """An endless stream of samples, the same `samples_per_epoch` of them again and again."""
+    """The interface of an endless stream that repeats its `samples_per_epoch` samples."""
 
     samples_per_epoch: int
 
     def __getitem__(self, k: int) -> Sample: ...
 
     def padding(self) -> Sample:
-        """A sample that counts for nothing: its loss is masked throughout."""
+        """Return a sample whose loss is masked throughout, to fill a micro-batch."""
 
 
 @dataclass(frozen=True)
@@ -223,9 +226,9 @@ class Task:
     """A validation task.
 
     Attributes:
-        decide: stream of the items whose gradient decides the next mixture.
-        report: stream of the items whose loss is reported; no document, and no prompt, is in both.
-        note: what the plan says of it, beside its name.
+        decide: stream of the deciding items, whose gradient is measured.
+        report: stream of the reporting items; no document, and no prompt, is in both.
+        note: a remark for the plan, beside the task's name.
     """
 
     name: str
@@ -234,7 +237,7 @@ class Task:
     note: str = ""
 
     def bits_per_byte(self, loss: float, task_samples: int) -> float | None:
-        """Bits per byte of the first `task_samples` items that report, or None if unknown.
+        """Return the bits per byte of the first `task_samples` reporting items; None if unknown.
 
         Args:
             loss: their mean loss per unmasked token, in nats.
@@ -253,15 +256,15 @@ def build_task(
     sequence_length: int,
     scores_first_token: bool = True,
 ) -> Task:
-    """The task that ``tasks.<name>`` describes.
+    """Build the task that ``tasks.<name>`` describes.
 
     Args:
         scores_first_token: whether the loss on a document's first token counts. False with
             ``data.eod_mask_loss``, where completions without a prompt are refused.
 
     Raises:
-        InputError: its data is missing, is damaged, was made with another tokenizer, or is too
-            little to be cut into items that decide and items that report.
+        InputError: its data is missing or damaged, was made with another tokenizer, or is too
+            little to be divided into deciding and reporting items.
     """
     if config.prompts is not None:
         return _prompts(name, config, manifest, seed, sequence_length, scores_first_token)
@@ -287,11 +290,11 @@ def _held_out(
     seed: int,
     sequence_length: int,
 ) -> Task:
-    """The task on the documents of `split`, divided in two by `seed` and `source`."""
+    """Build a task from the documents of `split`, divided in two by `seed` and `source`."""
     tokens = IndexedDataset(str(split.prefix), multimodal=False, mmap=True)
-    lengths = tokens.sequence_lengths.copy()  # its memory map closes with it
+    lengths = tokens.sequence_lengths.copy()  # a view dies with the file's memory map
     order = np.random.default_rng(derived_seed(seed, "task", source)).permutation(len(lengths))
-    # Halves of equal tokens, not documents: one long document must not empty a half.
+    # Halves have equal tokens, not documents, so that one long document leaves enough for both.
     half = int(np.searchsorted(np.cumsum(lengths[order]), lengths.sum() / 2, side="right"))
 
     def stream(documents: np.ndarray, role: str) -> DomainStream:
@@ -322,7 +325,7 @@ def _prompts(
     sequence_length: int,
     scores_first_token: bool,
 ) -> Task:
-    """The task on the completions of a JSONL file, its prompts divided in two by `seed`."""
+    """Build a task from the completions of a JSONL file, its prompts divided in two by `seed`."""
     assert config.prompts is not None
     if manifest.tokenizer is None:
         raise InputError(
@@ -361,11 +364,10 @@ def micro_batches(
     size: int,
     multiple: int = 1,
 ) -> list[Sample]:
-    """Data-parallel rank `rank`'s micro-batches of the stream's `samples`.
+    """Return data-parallel rank `rank`'s micro-batches of the stream's `samples`.
 
-    Every rank gets the same number of full micro-batches, a multiple of `multiple`; what is
-    missing is padded with samples whose loss is masked, so sums over tokens are the same for
-    every layout.
+    Every rank gets the same number of full micro-batches, a multiple of `multiple`. They are filled
+    up with samples whose loss is masked, so sums over tokens are the same for every layout.
     """
     group = micro_batch_size * size
     groups = -(-len(samples) // (group * multiple)) * multiple

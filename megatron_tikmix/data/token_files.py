@@ -1,7 +1,7 @@
-"""Megatron's ``.bin/.idx`` pairs, looked at without reading the tokens.
+"""Checks of Megatron's ``.bin/.idx`` pairs without reading the tokens.
 
-megatron-core's own reader is not used for it: it imports torch, maps both files, fails on a
-truncated index by a bare assertion or numpy's "buffer is smaller than requested size", and on a
+megatron-core's own reader is not used here: it imports torch, maps both files, fails on a
+truncated index with a bare assertion or numpy's "buffer is smaller than requested size", and on a
 truncated ``.bin`` only in the middle of training.
 """
 
@@ -22,23 +22,23 @@ _HEADER = struct.Struct("<9sQBQQ")  # magic, version, token type, sequences, doc
 # megatron-core's codes of integer types, all little-endian.
 _DTYPES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
 _LOOKED_AT = 1 << 20  # tokens whose ids are checked
-_BLOCKS, _BLOCK_BYTES = 8, 4096  # of a fingerprint
+_BLOCKS, _BLOCK_BYTES = 8, 4096  # what a checksum reads of each file
 
 
 @dataclass(frozen=True)
 class TokenFiles:
-    """The size and token type of a pair, as its ``.idx`` gives them."""
+    """The size and token type of a pair of files, as its ``.idx`` gives them."""
 
     prefix: Path
     documents: int
     tokens: int
-    """End-of-document tokens included."""
+    """Number of tokens, with end-of-document tokens."""
 
     dtype: np.dtype
 
     @classmethod
     def read(cls, prefix: Path, named_by: str) -> "TokenFiles":
-        """Look at ``<prefix>.bin`` and ``<prefix>.idx``.
+        """Read the header of ``<prefix>.idx``, and check it against both files' sizes.
 
         Args:
             named_by: the file or field that names them, for messages.
@@ -54,11 +54,11 @@ class TokenFiles:
         _check_size(bin_path, tokens * dtype.itemsize, "its .idx says")
         return cls(prefix, documents, tokens, dtype)
 
-    def fingerprint(self) -> str:
-        """SHA-256 of both files' sizes and of blocks spread evenly over each.
+    def checksum(self) -> str:
+        """Return the SHA-256 of both files' sizes and of blocks spread evenly over each.
 
-        Not of every byte: a run looks at it on every rank before it starts. Files that were made
-        again from other text or with another tokenizer differ everywhere.
+        Not of every byte, since every rank computes it before a run starts. Files made from other
+        text or with another tokenizer differ everywhere.
         """
         digest = hashlib.sha256()
         for suffix in ("idx", "bin"):
@@ -73,10 +73,13 @@ class TokenFiles:
         return digest.hexdigest()[:32]
 
     def check_ids(self, vocab_size: int, vocabulary: str) -> None:
-        """Check that the first million tokens are below `vocab_size`, that of `vocabulary`.
+        """Check that the first million tokens are below `vocab_size`.
+
+        Args:
+            vocabulary: the owner of `vocab_size`, for the message.
 
         Raises:
-            InputError: one is not: these tokens were made with another tokenizer.
+            InputError: one is not, so the tokens were made with another tokenizer.
         """
         path = Path(f"{self.prefix}.bin")
         count = min(self.tokens, _LOOKED_AT)
@@ -90,7 +93,7 @@ class TokenFiles:
 
 
 def _read_index(path: Path) -> tuple[int, int, np.dtype]:
-    """Documents, tokens and token type, from an ``.idx``: header, lengths and last entries."""
+    """Read documents, tokens and token type of an ``.idx``: header, lengths and last entries."""
     with path.open("rb") as file:
         header = file.read(_HEADER.size)
         if len(header) < _HEADER.size or not header.startswith(_MAGIC):

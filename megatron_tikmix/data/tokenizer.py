@@ -1,4 +1,4 @@
-"""Text to token ids, and back, by the tokenizer that a manifest names."""
+"""Tokenizers: the kinds that a manifest can name, behind one interface."""
 
 import hashlib
 import json
@@ -30,26 +30,26 @@ WEIGHTS = (
     ".ckpt",
     ".ot",
 )
-"""Suffixes, in a model's folder, of what is no part of its tokenizer, and large."""
+"""Suffixes of large files in a model's folder that do not belong to its tokenizer."""
 
 
 class TextTokenizer(Protocol):
-    """What preprocessing and prompt/completion tasks ask of a tokenizer."""
+    """The interface of a tokenizer, for preprocessing and prompt/completion tasks."""
 
     vocab_size: int
-    """All ids are below it."""
+    """The number of token ids; all ids are below it."""
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """The ids of each text, without any token that marks its beginning or end."""
+        """Return the ids of each text, without tokens that mark its beginning or end."""
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of some ids."""
+        """Return the text of token ids."""
 
     def end_of_document(self, token: str | None) -> int:
-        """The id of the end-of-document token; None for the tokenizer's own.
+        """Return the id of the end-of-document token `token`; None: the tokenizer's default.
 
         Raises:
-            InputError: it has none of that name.
+            InputError: it has no such token.
         """
 
 
@@ -58,24 +58,24 @@ class TokenizerFiles:
     """A tokenizer on disk.
 
     Attributes:
-        path: a ``tokenizer.json``; a folder of Hugging Face `transformers`, which may be a whole
-            model's: its weights and sub-folders do not count; or with `library`, what that library
-            of megatron-core's reads. None for ``byte-level``, which needs no file.
-        library: one of :data:`LIBRARIES`, read by megatron-core's tokenizer classes. None for
-            Hugging Face `tokenizers` and `transformers`, read directly.
+        path: a ``tokenizer.json``; a folder of Hugging Face `transformers`, possibly of a whole
+            model, whose weights and sub-folders are ignored; or with `library`, the file or folder
+            that this library reads. None for ``byte-level``, which needs no file.
+        library: one of :data:`LIBRARIES`, to be read by megatron-core's tokenizer classes. None for
+            Hugging Face `tokenizers` and `transformers`, which are read directly.
     """
 
     path: Path | None
     library: str | None = None
 
     def load(self, named_by: str) -> TextTokenizer:
-        """The tokenizer.
+        """Load the tokenizer.
 
         Args:
             named_by: the option or field that names it, for messages.
 
         Raises:
-            InputError: there is no such file, it is something else, or a package is missing.
+            InputError: there is no such file, it is no tokenizer, or a package is missing.
         """
         where = f"{named_by} {self.path}"
         if self.path is not None and not self.path.exists():
@@ -88,20 +88,20 @@ class TokenizerFiles:
             return _from_tokenizers(file, where)
         return _from_transformers(self.path, where)
 
-    def fingerprint(self) -> str:
-        """SHA-256 of the library's name and of the tokenizer's files, by name and content."""
+    def checksum(self) -> str:
+        """Return the SHA-256 of the library's name and of the files' names and content."""
         digest = hashlib.sha256((self.library or "").encode())
         for path in self._files():
-            # What it is called at the top does not matter: a copy may have another name.
+            # Without the name of the file or folder itself, which a copy may change.
             name = "" if path == self.path else path.name
             digest.update(f"\x00{name}\x00{path.stat().st_size}\x00".encode())
             digest.update(path.read_bytes())
         return digest.hexdigest()[:32]
 
     def copy_to(self, folder: Path) -> "TokenizerFiles":
-        """A copy in `folder`: ``tokenizer.json``, or a folder or file ``tokenizer``.
+        """Copy the tokenizer to `folder`, as ``tokenizer.json`` or a folder or file ``tokenizer``.
 
-        It takes the place of one that is there; a tokenizer that lies in `folder` stays as it is.
+        An older copy is replaced; a tokenizer that is already in `folder` is not copied.
         """
         if self.path is None:
             return self
@@ -144,9 +144,9 @@ class HuggingFaceTokenizer:
     """A ``tokenizer.json`` of Hugging Face ``tokenizers``; it encodes in threads."""
 
     def __init__(self, tokenizer: Tokenizer, eos: str | None = None) -> None:
-        tokenizer.no_truncation()  # settings for serving, which would cut documents short
+        tokenizer.no_truncation()  # a setting for serving, which would cut documents short
         tokenizer.no_padding()
-        # "<|endoftext|>" written out in a document is text, and does not end it.
+        # "<|endoftext|>" in a document's text is text, and does not end the document.
         tokenizer.encode_special_tokens = True
         self._tokenizer = tokenizer
         self._eos = eos

@@ -20,7 +20,7 @@ LEAST_REPETITIONS = 4
 
 @dataclass(frozen=True)
 class RolloutOutcomes:
-    """What rollouts measured; the same on every rank.
+    """The measurements of rollouts, the same on every rank.
 
     Attributes:
         drops_RNV: each repetition's and candidate's drop of each task's loss, before − after, in
@@ -46,7 +46,7 @@ class RolloutOutcomes:
 
 @dataclass
 class RolloutCost:
-    """What all rollouts of a service have cost so far; the same on every rank.
+    """The cost of all rollouts of a service so far, the same on every rank.
 
     Attributes:
         rollouts: candidates measured, each repetition counted.
@@ -89,7 +89,7 @@ class Comparison:
     verdict: Verdict
 
     def to_json(self) -> dict[str, Any]:
-        """As plain values; None for what is not finite."""
+        """Return all fields as plain values; None for numbers that are not finite."""
         numbers = {
             "predicted": self.predicted,
             "difference": self.difference,
@@ -109,7 +109,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Audit:
-    """What an audit found, as it goes into the ledger.
+    """The result of an audit, as the ledger holds it.
 
     Attributes:
         tasks: a comparison for each task, by name.
@@ -134,7 +134,7 @@ class Audit:
 
     @property
     def verdict(self) -> Verdict:
-        """Of the weighted sum: of many tasks, one in twenty is outside a 95% interval by chance.
+        """The verdict on the weighted sum: of many single tasks, some are outside by chance.
 
         `contradicted` too when the new mixture lost its loss more often than the old one.
         """
@@ -142,7 +142,7 @@ class Audit:
 
     @property
     def refutes(self) -> bool:
-        """Whether the new mixture is the worse one of the two, whatever was predicted."""
+        """True if the new mixture is worse than the old one, whatever was predicted."""
         return self.lost[1] > self.lost[0] or self.overall.high < 0
 
     @property
@@ -161,7 +161,7 @@ class Audit:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """As plain values, for a row of the ledger."""
+        """Return all fields as plain values, for a row of the ledger."""
         return {
             "verdict": self.verdict,
             "refutes": self.refutes,

@@ -48,13 +48,13 @@ _FOLLOWED = 1e-4  # weights below it are too small for a solver's tolerance
 
 @dataclass(frozen=True, kw_only=True)
 class Change:
-    """What made the solver's answer differ from the mixture before, in weight.
+    """The parts of the change in weight from the mixture before to the solver's answer.
 
     All but `noise` add up to `total`.
     """
 
     gain: dict[str, float]
-    """By task."""
+    """Part due to each task's gain."""
 
     uniformity: float
     constraints: float
@@ -63,10 +63,10 @@ class Change:
     """Towards the reference mixture; 0 where that is the mixture before."""
 
     shared: float
-    """What every domain's weight is multiplied by alike, so that weights sum to 1."""
+    """Part due to the common factor that makes the weights sum to 1."""
 
     search: float
-    """What TiKMiX-M's measured outcomes made of it, beyond influence; 0 for a certified answer."""
+    """Part due to TiKMiX-M's measured outcomes, beyond influence; 0 for a certified answer."""
 
     total: float
     """The answer's weight less the weight before."""
@@ -99,25 +99,26 @@ class Explanation:
     """Weight in the stage."""
 
     gain: dict[str, float]
-    """By task: what the domain's influence on it is worth."""
+    """Push of each task's gain, from the domain's influence on the task."""
 
     uniformity: float
-    """Of gains over tasks: up for a domain that serves the tasks that gain least. Where all gain
-    alike std has no slope, and this is what keeps it so."""
+    """Push of the gains' uniformity: up for a domain that serves the tasks that gain least. Where
+    all gain alike, std has no slope, and this is the push that keeps them alike."""
 
     diversity: float
-    """Entropy, or the pull towards the reference mixture: up for a weight below it."""
+    """Push of diversity, entropy or the pull towards a reference mixture: up for a weight below it.
+    """
 
     constraints: float | None
-    """What the active constraints on the domain push; 0 where none binds. None where the answer is
-    no certified optimum (TiKMiX-M, fallback)."""
+    """Push of the active constraints on the domain; 0 where none binds. None where the answer is no
+    certified optimum (TiKMiX-M, fallback)."""
 
     shared: float | None
-    """What pushes every domain alike, so that weights sum to 1 beside those that a constraint
-    holds. None as above."""
+    """Push on all domains alike that makes the weights sum to 1 with those that constraints hold.
+    None as above."""
 
     active_constraints: list[str]
-    """Those met with equality that this domain has a part in."""
+    """Constraints on this domain, among others, that are met with equality."""
 
     noise: float | None
     """Standard error of the sum of gain and uniformity, from the errors of the domain's own
@@ -132,7 +133,7 @@ class Explanation:
     """How far the mixture moved, and what noise alone would move the answer."""
 
     note: str
-    """What should be known before this is believed; empty if nothing."""
+    """Caveats of the explanation; empty if there are none."""
 
     def to_json(self) -> dict[str, Any]:
         """Return all fields as plain values."""

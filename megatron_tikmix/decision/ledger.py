@@ -42,7 +42,7 @@ rules that they were decided by."""
 
 @dataclass(frozen=True, eq=False)
 class Measured:
-    """What a boundary measured.
+    """The measurements of a boundary.
 
     Attributes:
         bank: the probe's inner products.
@@ -200,7 +200,7 @@ class StageRow:
     """`initial`, `schedule`, `added`, `tikmix_d`, `tikmix_m`, `fallback` or `kept`."""
 
     reason: str | None = None
-    """Why, in one sentence."""
+    """The reason for the mixture, in one sentence."""
 
     task_loss: Mapping[str, float | None] = field(default_factory=dict)
     """Loss of each task's reporting items when the stage began, nats per token."""
@@ -212,13 +212,13 @@ class StageRow:
     """The same as passes over each domain."""
 
     total_variation: float | None = None
-    """Of the mixture from that of the stage before."""
+    """Distance of the mixture from that of the stage before."""
 
     total_variation_noise: float | None = None
-    """What noise alone would move the answer, at 95 %."""
+    """Distance by which noise alone would move the answer, at 95 %."""
 
     influence: InfluenceMatrix | None = None
-    """What was solved on, of the domains and tasks that could be measured."""
+    """The matrix that was solved on, of the domains and tasks that could be measured."""
 
     curvature: str | None = None
     """The inverse curvature that the probe used."""
@@ -227,7 +227,7 @@ class StageRow:
     probe_seconds: float = 0.0
 
     rules: Rules | None = None
-    """What was decided by: goal, constraints, smoothing, policy."""
+    """The rules of the decision: goal, constraints, smoothing, policy."""
 
     solution: MixtureSolution | None = None
     """The solver's answer, which is not followed where the mixture was kept."""

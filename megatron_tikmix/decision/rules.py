@@ -13,7 +13,7 @@ from megatron_tikmix.solve.objective import Goal
 
 @dataclass(frozen=True, kw_only=True)
 class Rules:
-    """What a boundary solves for, and when it follows the answer; kept in the ledger.
+    """The goal and constraints of a boundary's decision, and when it is followed; for the ledger.
 
     Nothing in it depends on a configuration any more: the reference mixture, the caps of
     `max_epochs` and the weights of fixed domains are those of the boundary.
@@ -22,7 +22,7 @@ class Rules:
     policy: Literal["tikmix_d", "tikmix_m"]
 
     goal: Goal
-    """What is minimised. `task_weights` names the deciding tasks, unless the gain is a raw sum."""
+    """The goal. `task_weights` names the deciding tasks, unless the gain is a raw sum."""
 
     constraints: MixtureConstraints
 
@@ -36,10 +36,10 @@ class Rules:
     """`advise`: the mixture in force stays, whatever the answer."""
 
     candidates: int = 48
-    """How many candidate mixtures TiKMiX-M measures."""
+    """Number of candidate mixtures that TiKMiX-M measures."""
 
     require_audit: bool = False
-    """Whether the mixture in force stays where the audit refutes the answer."""
+    """True if the mixture in force is kept when the audit refutes the answer."""
 
     seed: int = 0
     """Seed of bootstrap draws, candidates and the surrogate."""

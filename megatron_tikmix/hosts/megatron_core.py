@@ -1,4 +1,4 @@
-"""Mixture resets in a Megatron training loop that is not ours (docs/hosting.md).
+"""Mixture resets in any Megatron training loop (docs/hosting.md).
 
 ::
 
@@ -34,7 +34,7 @@ from megatron_tikmix.megatron.groups import Parallel
 from megatron_tikmix.megatron.optimizer import distributed_optimizers
 from megatron_tikmix.megatron.samples import DocumentBoundaries
 from megatron_tikmix.megatron.step import ForwardBackward
-from megatron_tikmix.training.build import load_data, together
+from megatron_tikmix.training.build import load_data, make_on_all_ranks
 
 __all__ = [
     "Boundary",
@@ -49,12 +49,12 @@ __all__ = [
 
 
 def open_data(config: HostedConfig, parallel: Parallel) -> TrainingData:
-    """The domains, tasks and first mixture of `config`. Collective.
+    """Open the domains, tasks and first mixture of `config`. Collective.
 
     Raises:
-        InputError: on every rank: data that cannot be trained on.
+        InputError: on every rank: the data cannot be trained on.
     """
-    return together(parallel, lambda: load_data(config))
+    return make_on_all_ranks(parallel, lambda: load_data(config))
 
 
 def build_remixer(
@@ -69,22 +69,22 @@ def build_remixer(
     on_probe: Progress = lambda done, total: None,
     on_rollout: Progress = lambda done, total: None,
 ) -> Remixer:
-    """A Remixer from what a Megatron loop has in hand. Collective.
+    """Build a Remixer from the objects of a Megatron loop. Collective.
 
     Args:
         model: this rank's chunks, each in DistributedDataParallel, with the schedule's hooks
             (`finalize_model_grads_func` and the like) set in its configuration.
         optimizer: megatron-core's distributed optimizer, with Adam.
         opt_param_scheduler: needed by rollouts and audits only.
-        forward_step_func: the loop's own. Its loss function returns (summed loss, tokens, dict), as
-            that of Megatron-LM's pretrain_gpt.py does; its iterator gives micro-batches of
-            `tokens`, `labels`, `loss_mask` and `position_ids`, on every rank.
-        on_probe, on_rollout: called with (done, in all) passes and rollouts.
+        forward_step_func: the loop's own. Its loss function must return (summed loss, tokens,
+            dict), as that of Megatron-LM's pretrain_gpt.py does; its iterator yields micro-batches
+            of `tokens`, `labels`, `loss_mask` and `position_ids`, on every rank.
+        on_probe, on_rollout: called with (done, total) passes and rollouts.
 
     Raises:
-        InputError: on every rank: what cannot be measured, with the reason.
+        InputError: on every rank: influence cannot be measured, with the reason.
     """
-    together(parallel, lambda: _check(config, data, model, optimizer, parallel))
+    make_on_all_ranks(parallel, lambda: _check(config, data, model, optimizer, parallel))
     if config.needs_rollouts and opt_param_scheduler is None:
         raise InputError("rollouts and audits need the loop's opt_param_scheduler")
     forward_backward = ForwardBackward(
@@ -116,7 +116,7 @@ def _with_sums(
     model: torch.nn.Module,
     *more: Any,
 ) -> tuple[Any, Callable[..., Any]]:
-    """The loop's `forward_step_func`, with loss and tokens reported under our names."""
+    """Call the loop's `forward_step_func`; name loss and tokens as this package does."""
     output, loss_func = forward_step_func(map(boundaries.applied, data_iterator), model, *more)
     return output, partial(_sums, loss_func)
 
@@ -130,15 +130,15 @@ def _sums(loss_func: Callable[..., Any], output: torch.Tensor) -> tuple[Any, Any
             "dict), as Megatron-LM's pretrain_gpt.py does, so that every token can weigh the same"
         )
     loss, tokens, _ = found
-    # Copies: unless training is by token, the schedule divides the loss where it stands.
+    # Copies, since without `calculate_per_token_loss` the schedule divides the loss in place.
     rows = {"loss": loss.detach().clone().view(1), "tokens": tokens.detach().clone().view(1)}
     return loss, tokens, rows
 
 
 @contextmanager
 def _unvalidated_results() -> Iterator[None]:
-    """Loss functions of Megatron-LM have their results validated by its rerun state machine, which
-    fails outside a training step, and on one rank alone where a loss is not finite."""
+    """Turn off Megatron-LM's validation of losses by its rerun state machine, which fails outside
+    a training step, and on a single rank where a loss is not finite."""
     former = RerunStateMachine.validate_result
     RerunStateMachine.validate_result = lambda self, *_, **__: None
     try:
@@ -148,11 +148,12 @@ def _unvalidated_results() -> Iterator[None]:
 
 
 def _trained(forward_backward: ForwardBackward) -> Trained:
-    """What a probe's cost depends on, counted on the model that is there. Collective."""
+    """Return the properties on which a probe's cost depends, counted on the model. Collective."""
     parallel = forward_backward.parallel
-    mine = sum(p.numel() for chunk in forward_backward.model for p in chunk.parameters())
     of_ranks = torch.zeros(parallel.world_size, dtype=torch.float64)
-    of_ranks[parallel.rank] = mine
+    of_ranks[parallel.rank] = sum(
+        p.numel() for chunk in forward_backward.model for p in chunk.parameters()
+    )
     of_ranks = sum_over_ranks(of_ranks, parallel)
     return Trained(
         data_parallel_size=parallel.data_parallel_size,
@@ -169,7 +170,7 @@ def _check(
     optimizer: MegatronOptimizer,
     parallel: Parallel,
 ) -> None:
-    """Refuse, by name, what influence cannot be measured on."""
+    """Refuse a model or an optimizer on which influence cannot be measured."""
     if not all(isinstance(chunk, DistributedDataParallel) for chunk in model):
         names = ", ".join(sorted({type(chunk).__name__ for chunk in model}))
         raise InputError(

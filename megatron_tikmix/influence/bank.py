@@ -1,4 +1,4 @@
-"""The sub-batch bank: from inner products to the influence matrix with its errors.
+"""The sub-batch bank: inner products, from which the influence matrix and its errors follow.
 
 Group Influence of domain j on task i, in the benefit sign (positive: training on j lowers
 i's loss), with every gradient a mean per unmasked token::
@@ -22,21 +22,22 @@ from megatron_tikmix.influence.matrix import InfluenceMatrix
 Array = NDArray[np.float64]
 
 MIN_SUB_BATCHES = 8
-"""Fewer sub-batches of a domain than this give no honest standard error."""
+"""The fewest sub-batches of a domain that give a reliable standard error."""
 
 
 @dataclass(frozen=True, eq=False)
 class SubBatchBank:
-    """Inner products and token counts of one probe.
+    """The inner products and token counts of one probe.
 
-    Domains may have different numbers of sub-batches: the arrays are padded to the largest, B,
-    and a place with 0 tokens was not measured. A domain with a sub-batch that is not finite,
-    and a task whose own gradient was not, are *bad*: everything below leaves them out.
+    Domains may have different numbers of sub-batches: the arrays are padded to the largest number,
+    B, and an entry with 0 tokens was not measured. A domain with a sub-batch that is not finite,
+    and a task whose gradient is not finite, are *bad*, and left out of all results.
 
     Attributes:
         sums_DBV: inner products with summed sub-batch gradients, float64 (D, B, V).
         tokens_DB: unmasked tokens of each sub-batch, float64 (D, B).
-        domains: names, D. tasks: names, V.
+        domains: D names.
+        tasks: V names.
         bad_tasks: names of tasks whose gradient was not finite.
     """
 
@@ -58,26 +59,26 @@ class SubBatchBank:
                 f"{len(self.domains)} domains and {len(self.tasks)} tasks do not fit"
             )
 
-    # What was measured ------------------------------------------------------------------
+    # Measurements -----------------------------------------------------------------------
 
     @property
     def sub_batches_D(self) -> NDArray[np.int64]:
-        """Measured sub-batches of each domain, (D,)."""
+        """Number of measured sub-batches of each domain, (D,)."""
         return (self.tokens_DB > 0).sum(axis=1)
 
     @property
     def degrees_of_freedom_D(self) -> NDArray[np.int64]:
-        """Of each domain's standard errors, B_j − 1, (D,)."""
+        """Degrees of freedom of each domain's standard errors, B_j − 1, (D,)."""
         return self.sub_batches_D - 1
 
     @property
     def bad_domains(self) -> tuple[str, ...]:
-        """Domains of which a sub-batch is not finite, on tasks that are."""
+        """Domains with a sub-batch that is not finite, on tasks whose gradient is."""
         rows = zip(self.domains, self._good_tasks().sums_DBV, strict=True)
         return tuple(name for name, sums_BV in rows if not np.isfinite(sums_BV).all())
 
     def usable(self) -> "SubBatchBank":
-        """The same without bad domains and tasks; it may be empty."""
+        """Return the bank without bad domains and tasks; it may be empty."""
         bank, bad = self._good_tasks(), self.bad_domains
         if not bad:
             return bank
@@ -95,7 +96,7 @@ class SubBatchBank:
         )
 
     def of_tasks(self, tasks: Sequence[str]) -> "SubBatchBank":
-        """The same for those of its tasks that are named, in the bank's order."""
+        """Return the bank with only those of its tasks that are named, in its own order."""
         kept = [v for v, name in enumerate(self.tasks) if name in tasks]
         return SubBatchBank(
             self.sums_DBV[:, :, kept],
@@ -108,13 +109,13 @@ class SubBatchBank:
     # Estimates --------------------------------------------------------------------------
 
     def influence_matrix(self) -> InfluenceMatrix:
-        """S_VD of the usable domains and tasks, with the standard error of each entry.
+        """Return S_VD of the usable domains and tasks, with the standard error of each entry.
 
         The error is that of a ratio of sums over B_j sub-batches, with the validation
-        gradients taken as given: a t interval with B_j − 1 degrees of freedom.
+        gradients taken as exact: a t interval with B_j − 1 degrees of freedom.
 
         Raises:
-            InputError: nothing usable, or a domain with fewer than 8 sub-batches.
+            InputError: nothing is usable, or a domain has fewer than 8 sub-batches.
         """
         bank = self._measured()
         B_D = bank.sub_batches_D
@@ -137,10 +138,11 @@ class SubBatchBank:
         )
 
     def redrawn(self, generator: np.random.Generator) -> InfluenceMatrix:
-        """S_VD of a bootstrap draw of each domain's sub-batches: how much a decision owes to noise.
+        """Return S_VD of a bootstrap draw of each domain's sub-batches.
 
-        Residuals are scaled by √(B_j / (B_j − 1)), since B_j draws with replacement vary that
-        much less than B_j fresh sub-batches would.
+        Decisions on such draws show the effect of noise. Residuals are scaled by
+        √(B_j / (B_j − 1)), since B_j draws with replacement vary that much less than B_j fresh
+        sub-batches.
         """
         bank = self._measured()
         D, B = bank.tokens_DB.shape
@@ -157,15 +159,15 @@ class SubBatchBank:
         return InfluenceMatrix(values_DV.T, domains=bank.domains, tasks=bank.tasks)
 
     def candidate_influence(self, weights_ND: ArrayLike) -> Array:
-        """Influence of N mixtures on the usable tasks, float64 (N, V), without another pass.
+        """Return the influence of N mixtures on the usable tasks, float64 (N, V), without a pass.
 
-        The gradient of a mixture is the mean of its domains' gradients, in its weights by
-        token. Bad domains contribute nothing: leave their weight alone when comparing.
-        For a prediction and a measurement on independent samples, ask one of the
-        :meth:`halves` each.
+        The gradient of a mixture is the mean of its domains' gradients, weighted by its weights
+        over tokens. Bad domains contribute nothing, so compare only mixtures that give them the
+        same weight. For a prediction and a measurement on independent samples, use one of the
+        :meth:`halves` for each.
 
         Args:
-            weights_ND: weights over `domains`, in their order.
+            weights_ND: weights of `domains`, in their order.
         """
         bank = self._measured()
         columns = [self.domains.index(name) for name in bank.domains]
@@ -174,22 +176,22 @@ class SubBatchBank:
         return influence_NV
 
     def halves(self) -> tuple["SubBatchBank", "SubBatchBank"]:
-        """Two banks of every other sub-batch of each domain: no sample is in both."""
+        """Return two banks of alternate sub-batches of each domain: no sample is in both."""
         bank = self._compact()
         even, odd = (bank._of(slice(start, None, 2)) for start in (0, 1))
         return even, odd
 
     @staticmethod
     def _ratio(sums_DBV: Array, tokens_DB: Array) -> Array:
-        """S_DV = Σ_b sums / Σ_b tokens."""
+        """Return S_DV = Σ_b sums / Σ_b tokens."""
         S_DV: Array = sums_DBV.sum(axis=1) / tokens_DB.sum(axis=1)[:, None]
         return S_DV
 
     def _measured(self) -> "SubBatchBank":
-        """The usable part, measured sub-batches first.
+        """Return the usable part of the bank, each domain's measured sub-batches first.
 
         Raises:
-            InputError: there is none, or a domain without an unmasked token.
+            InputError: there is none, or a domain has no unmasked token.
         """
         bank = self.usable()
         if not bank.domains or not bank.tasks:
@@ -202,7 +204,7 @@ class SubBatchBank:
         return bank._compact()
 
     def _compact(self) -> "SubBatchBank":
-        """The same with each domain's measured sub-batches first."""
+        """Return the bank with each domain's measured sub-batches first."""
         order_DB = np.argsort(self.tokens_DB <= 0, axis=1, kind="stable")
         rows_D1 = np.arange(len(self.domains))[:, None]
         return SubBatchBank(
@@ -225,16 +227,16 @@ class SubBatchBank:
     # Growing and keeping ----------------------------------------------------------------
 
     def extended(self, other: "SubBatchBank") -> "SubBatchBank":
-        """This bank and further sub-batches of the same domains against the same tasks.
+        """Return this bank with the sub-batches of another one added.
 
         Raises:
-            ValueError: other domains or tasks.
+            ValueError: the other bank has other domains or tasks.
         """
-        mine, theirs = (
+        names, other_names = (
             (bank.domains, bank.tasks, sorted(bank.bad_tasks)) for bank in (self, other)
         )
-        if mine != theirs:
-            raise ValueError(f"banks of {mine} and of {theirs} cannot be put together")
+        if names != other_names:
+            raise ValueError(f"banks of {names} and of {other_names} cannot be put together")
         whole = SubBatchBank(
             np.concatenate([self.sums_DBV, other.sums_DBV], axis=1),
             np.concatenate([self.tokens_DB, other.tokens_DB], axis=1),
@@ -245,7 +247,7 @@ class SubBatchBank:
         return whole._of(slice(0, int(whole.sub_batches_D.max(initial=0))))
 
     def to_json(self) -> dict[str, Any]:
-        """For the ledger: by domain the tokens of each sub-batch and its sums by task.
+        """Return plain values for the ledger: each sub-batch's tokens and sums, by domain.
 
         Numbers that are not finite become None.
         """
@@ -265,7 +267,7 @@ class SubBatchBank:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "SubBatchBank":
-        """Undo :meth:`to_json`, to the bit (what was not finite is NaN)."""
+        """Undo :meth:`to_json`, to the bit; numbers that were not finite become NaN."""
         domains = list(data["domains"])
         B = max((len(entry["tokens"]) for entry in data["domains"].values()), default=0)
         sums_DBV = np.zeros((len(domains), B, len(data["tasks"])))

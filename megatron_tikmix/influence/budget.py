@@ -1,8 +1,8 @@
-"""How much a decision owes to noise, and where further sub-batches would lessen that.
+"""How far noise moves a decision, and which further sub-batches would reduce that.
 
-The influence matrix is an estimate, so the mixture solved on it is one too. How far noise alone
-moves it is found by redrawing each domain's sub-batches (a bootstrap) and solving again. With
-`probe.precision` the probe grows until that distance is small, or the tokens are spent.
+The influence matrix is an estimate, so the mixture solved on it is one too. To find how far noise
+alone moves it, each domain's sub-batches are redrawn (a bootstrap) and the mixture is solved again.
+With `probe.precision` the probe grows until that distance is small or the tokens are spent.
 """
 
 from collections.abc import Callable, Mapping
@@ -25,16 +25,16 @@ _REDRAWS_OF_MANY = 10  # above so many domains a solution takes long:
 _MANY = 200
 
 GROWTH = 0.5
-"""By so much of what there is the sub-batches grow at a time."""
+"""The sub-batches grow by this share of their number at a time."""
 
 
 @dataclass(frozen=True, eq=False)
 class Sensitivity:
-    """What noise does to the mixture solved.
+    """The effect of noise on the solved mixture.
 
     Attributes:
-        mixture: solved on the bank as it is.
-        total_variation: 95% of the mixtures solved on redrawn banks are within so much of it.
+        mixture: solved on the measured bank.
+        total_variation: 95% of the mixtures solved on redrawn banks are at most this far from it.
     """
 
     mixture: Mixture
@@ -42,14 +42,14 @@ class Sensitivity:
 
 
 def sensitivity(bank: SubBatchBank, solve: Solve, generator: np.random.Generator) -> Sensitivity:
-    """Solve on the bank, and on redraws of it."""
+    """Solve on the bank and on redraws of it, and return how far the mixtures differ."""
     measured = bank.influence_matrix()
     mixture = solve(measured)
     distances = []
     for _ in range(_REDRAWS if len(mixture) <= _MANY else _REDRAWS_OF_MANY):
         drawn = replace(
             bank.redrawn(generator),
-            # As well known as what was measured is.
+            # A redraw has the errors of the measured matrix.
             standard_error_VD=measured.standard_error_VD,
             degrees_of_freedom=measured.degrees_of_freedom,
         )
@@ -60,11 +60,11 @@ def sensitivity(bank: SubBatchBank, solve: Solve, generator: np.random.Generator
 def importance(
     bank: SubBatchBank, mixture: Mixture, task_weights: Mapping[str, float]
 ) -> dict[str, float]:
-    """How far the noise in each usable domain's influence moves the mixture, up to a factor.
+    """Return how far the noise in each usable domain's influence moves the mixture, by name.
 
     Without constraints the entropic mixture is w_j ∝ exp(s_j/γ), s_j a domain's gain over all
     tasks. If s_j moves by δ, the mixture moves by w_j (1 − w_j) δ/γ in total variation; δ is here
-    the standard error of s_j. Only shares matter, so the factor does not.
+    the standard error of s_j. Only ratios matter, so the common factor 1/γ is left out.
     """
     usable = bank.usable()
     matrix = bank.influence_matrix()
@@ -83,16 +83,15 @@ def importance(
 class AdaptiveBudget:
     """Asks for sub-batches where they matter, until the mixture is settled; on the main rank only.
 
-    A bank whose mixture noise moves by at most `precision` is not believed at once: having looked
-    at the noise again and again, one stops where it happens to look small. A fresh batch that the
-    stopping rule has not seen is added first, and must leave the mixture where it was, within
-    `precision`.
+    When noise moves the mixture by at most `precision`, that is confirmed first: a rule that checks
+    the noise repeatedly stops when it happens to look small. Fresh sub-batches that the rule has
+    not seen are added, and must move the mixture by no more than `precision`.
 
     Args:
         precision: total variation, 0 to 1.
-        solve: the decision as a function of the influence.
-        task_weights: what each task counts for, by name.
-        generator: of the redraws.
+        solve: returns the mixture for an influence matrix.
+        task_weights: the weight of each task, by name.
+        generator: draws the redraws.
     """
 
     def __init__(
@@ -110,17 +109,17 @@ class AdaptiveBudget:
         self.confirmed = False
 
     def more(self, bank: SubBatchBank, affordable: int) -> NDArray[np.int64]:
-        """Further sub-batches of each of the bank's domains, int64 (D,); none when it is done.
+        """Return how many further sub-batches each domain needs, int64 (D,); all 0 when done.
 
         Args:
-            affordable: how many sub-batches may still be added, over all domains.
+            affordable: the most sub-batches that may still be added, over all domains.
         """
         nothing_D = np.zeros(len(bank.domains), dtype=np.int64)
         if not bank.usable().domains or not bank.usable().tasks:
             return nothing_D
         try:
             found = sensitivity(bank, self._solve, self._generator)
-        except InputError:  # there is no mixture to settle; the decision will say why
+        except InputError:  # there is no mixture to settle; the decision will give the reason
             return nothing_D
         if self._to_confirm is not None:
             moved = found.mixture.total_variation(self._to_confirm)
@@ -136,14 +135,14 @@ class AdaptiveBudget:
         matters = importance(bank, found.mixture, self._task_weights)
         moves_D = np.array([matters.get(name, 0.0) for name in bank.domains])
         added = min(int(np.ceil(GROWTH * bank.sub_batches_D[usable_D].sum())), affordable)
-        return shared_out(added, lacking(bank.sub_batches_D, moves_D, added))
+        return apportion(added, shortfall(bank.sub_batches_D, moves_D, added))
 
 
-def lacking(sub_batches_D: NDArray[np.int64], moves_D: Array, added: int) -> Array:
-    """By how much each domain falls short of its best share of a total larger by `added`, (D,).
+def shortfall(sub_batches_D: NDArray[np.int64], moves_D: Array, added: int) -> Array:
+    """Return how many sub-batches each domain lacks of its best share when `added` are added, (D,).
 
-    Neyman's allocation: noise moves the mixture least, for a given total, when sub-batches are in
-    proportion to what a single one of each domain moves it by, which is moves · √(sub-batches).
+    Neyman's allocation: for a given total, noise moves the mixture least when a domain's share of
+    the sub-batches is proportional to the effect of a single one, which is moves · √(sub-batches).
     """
     single_D = moves_D * np.sqrt(sub_batches_D)
     if single_D.sum() <= 0:
@@ -152,8 +151,8 @@ def lacking(sub_batches_D: NDArray[np.int64], moves_D: Array, added: int) -> Arr
     return np.maximum(best_D - sub_batches_D, 0.0)
 
 
-def shared_out(total: int, importance_D: Array) -> NDArray[np.int64]:
-    """`total` whole sub-batches in proportion to importance, int64 (D,); the sum is kept."""
+def apportion(total: int, importance_D: Array) -> NDArray[np.int64]:
+    """Divide `total` sub-batches in proportion to importance, int64 (D,), with exactly that sum."""
     if total <= 0 or importance_D.sum() <= 0:
         return np.zeros(len(importance_D), dtype=np.int64)
     exact_D = total * importance_D / importance_D.sum()

@@ -1,19 +1,19 @@
-"""InfluenceMatrix: what training on each domain does to each validation task.
+"""InfluenceMatrix: the effect of training on each domain on each validation task.
 
-Influence S_ij looks at one domain at a time: whatever points a task's way is credited with all of
-it. A near-duplicate is credited twice, and a text of the right words in the wrong order as much
-as the real one, for early in training most of a gradient is about which words there are. Asked
-together, domains share the credit (:func:`joint_influence`). With the gradients g_j of the domains
-and f_i of the task, and in the metric of the curvature, a step along Σ_j a_j g_j lowers the loss,
-to second order, by
+Influence S_ij looks at one domain at a time, and credits it with all of its gradient's component
+along the task's. So two near-duplicates are both credited in full, and a text of the right words in
+the wrong order as much as the real one, since early in training most of a gradient is about word
+frequencies. Fitted jointly, domains share the credit (:func:`joint_influence`). With the gradients
+g_j of the domains and f_i of the task, and in the metric of the curvature, a step along Σ_j a_j g_j
+lowers the loss, to second order, by
 
     s_iᵀa − ½ aᵀG a      s_ij = ⟨f_i, g_j⟩,  G_jk = ⟨g_j, g_k⟩
 
-where the Hessian is taken to act on these few directions as the metric does. The most it can be
-with a ≥ 0 is at the non-negative least squares fit of f_i by the g_j: the joint influence.
+where the Hessian is assumed to act on these few directions as the metric does. Its maximum over
+a ≥ 0 is the non-negative least squares fit of f_i by the g_j: the joint influence.
 
-Averaged over boundaries (:class:`FormerInfluence`), draws of S average out, at the price of looking
-back.
+Averaging over boundaries (:class:`FormerInfluence`) reduces the noise of S, but the average lags
+behind.
 """
 
 import math
@@ -35,12 +35,12 @@ class InfluenceMatrix:
     """S_VD with its names, in the BENEFIT sign: positive means that training on the domain
     lowers the task's loss.
 
-    The paper's formula gives the opposite sign; this is the only one used here. The unit is
-    whatever the curvature made it, and differs from row to row (see method.md, section 1).
+    The paper's formula gives the opposite sign, which is not used here. The unit depends on the
+    curvature, and differs from row to row (see method.md, section 1).
 
     Raises:
-        InputError: shapes that do not fit the names, names that repeat, an entry that is NaN or
-            infinite, or a negative standard error.
+        InputError: shapes do not fit the names, names repeat, an entry is NaN or infinite, or a
+            standard error is negative.
     """
 
     values_VD: Array
@@ -53,11 +53,11 @@ class InfluenceMatrix:
     """Standard errors of the values, the same shape and units; None when not known."""
 
     degrees_of_freedom: float | None = None
-    """Of the standard errors, for Student's t (one less than the sub-batches of a domain); None:
-    the errors are taken as known."""
+    """Degrees of freedom of the standard errors, for Student's t (one less than a domain's
+    sub-batches); None: the errors are taken as exact."""
 
     recorded: bool = False
-    """Whether it was read from a ledger, where what was not finite is NaN: to be looked at only."""
+    """True for a matrix read from a ledger, which may hold NaN and is for display only."""
 
     def __post_init__(self) -> None:
         for field, names in (("domains", self.domains), ("tasks", self.tasks)):
@@ -93,7 +93,7 @@ class InfluenceMatrix:
         return array_VD
 
     def sorted_by_name(self) -> "InfluenceMatrix":
-        """The same matrix with domains and tasks in the order of their names."""
+        """Return the matrix with domains and tasks in the order of their names."""
         tasks, domains = sorted(self.tasks), sorted(self.domains)
         order = np.ix_(
             [self.tasks.index(name) for name in tasks],
@@ -110,14 +110,14 @@ class InfluenceMatrix:
 
     @property
     def scale_V(self) -> Array:
-        """n_i = max_j |S_ij| of each task, (V,); 1 for a row of zeros. The answer of the solvers
-        does not change when a row is scaled."""
+        """The scale n_i = max_j |S_ij| of each task, (V,); 1 for a row of zeros. Solutions do not
+        depend on it."""
         largest_V: Array = np.abs(self.values_VD).max(axis=1)
         return np.where(largest_V > 0, largest_V, 1.0)
 
     def normalised_errors(self) -> Array | None:
-        """Standard errors of the rows over their scale, (V, D); those of a row of zeros, which
-        drops out, are 0."""
+        """Return the rows' standard errors over their scale, (V, D); 0 for a row of zeros, which
+        has no part in a solution."""
         if self.standard_error_VD is None:
             return None
         errors_VD: Array = self.standard_error_VD / self.scale_V[:, None]
@@ -125,7 +125,7 @@ class InfluenceMatrix:
         return np.where(kept_V1, errors_VD, 0.0)
 
     def to_json(self) -> dict[str, Any]:
-        """``{"influence": {task: {domain: value}}, "influence_se": the same or None,
+        """Return ``{"influence": {task: {domain: value}}, "influence_se": the same or None,
         "influence_df": number or None}``, the keys of the ledger."""
         errors_VD = self.standard_error_VD
         return {
@@ -140,10 +140,10 @@ class InfluenceMatrix:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "InfluenceMatrix":
-        """Undo :meth:`to_json`; a whole row of the ledger will do. What is None there is NaN.
+        """Undo :meth:`to_json`; `data` may be a whole row of the ledger. None becomes NaN.
 
         Raises:
-            InputError: tasks that name different domains, or any of the class's own reasons.
+            InputError: tasks name different domains, or as for the class.
         """
         values, errors = data["influence"], data.get("influence_se")
         tasks = list(values)
@@ -167,7 +167,7 @@ class InfluenceMatrix:
         )
 
     def __repr__(self) -> str:
-        """A table: a line per domain, a column per task, ± one standard error."""
+        """Return a table: a line per domain, a column per task, ± one standard error."""
         cells = [["", *self.tasks]]
         for d, domain in enumerate(self.domains):
             cells.append([domain, *(self._cell(v, d) for v in range(len(self.tasks)))])
@@ -185,23 +185,24 @@ class InfluenceMatrix:
 
 
 OWN_ROW = "domain:"
-"""A row of this and a domain's name holds its influence on fresh samples of that domain itself."""
+"""Prefix of the rows that hold influence on a domain instead of a task: fresh samples of it."""
 
-_RIDGE = 0.01  # of the mean ⟨g_j, g_j⟩: what a fit has to be worth for the noise of G
+_RIDGE = 0.01  # times the mean ⟨g_j, g_j⟩ is added to G's diagonal, against noise in G
 
 
 def joint_influence(influence: InfluenceMatrix) -> InfluenceMatrix:
-    """The non-negative least squares fit of each task's gradient by those of the domains.
+    """Return the non-negative least squares fit of each task's gradient by those of the domains.
 
     Args:
         influence: (V + D, D): rows of tasks, and for each domain the row ``domain:<name>`` with
             the inner products of its gradient, on samples of their own, with those of all
-            domains. So G is measured without the bias that squaring a noisy gradient has.
+            domains. This avoids the bias of squaring a noisy gradient.
 
     Returns:
-        a_VD ≥ 0, rows of the tasks: a_ij tokens of domain j point where a token of the task does.
-        A domain without its own row is left out. Errors are those of the fit on the domains that
-        are in it, G taken as known; 0 for the others. Without any own row, `influence` itself.
+        a_VD ≥ 0, one row for each task: the gradient of a token of the task is fitted by those of
+        a_ij tokens of each domain j. Domains without an own row are left out. Errors are those of
+        the fit on the domains with a_ij > 0, with G taken as exact, and 0 for the others. Without
+        any own row, `influence` itself.
     """
     if not has_own_rows(influence):
         return influence
@@ -217,7 +218,7 @@ def joint_influence(influence: InfluenceMatrix) -> InfluenceMatrix:
     root_DD, gram_DD = _square_root((gram_DD + gram_DD.T) / 2)
     inverse_root_DD = np.linalg.inv(root_DD)
     given_VD = rows(tasks, influence.values_VD)
-    # ‖root a − root⁻¹ s‖² is aᵀG a − 2 sᵀa and a constant.
+    # ‖root a − root⁻¹ s‖² = aᵀG a − 2 sᵀa + a constant
     fits_VD = np.array([nnls(root_DD, inverse_root_DD @ given_D)[0] for given_D in given_VD])
     errors_VD = influence.standard_error_VD
     return InfluenceMatrix(
@@ -232,12 +233,12 @@ def joint_influence(influence: InfluenceMatrix) -> InfluenceMatrix:
 
 
 def has_own_rows(influence: InfluenceMatrix) -> bool:
-    """Whether domains have their own rows, so that their joint influence is known."""
+    """Return whether there are own rows of domains, as joint influence needs them."""
     return any(name.startswith(OWN_ROW) for name in influence.tasks)
 
 
 def _square_root(gram_DD: Array) -> tuple[Array, Array]:
-    """The symmetric root of G with a ridge, and what it is the root of."""
+    """Return the symmetric square root of G with a ridge, and that matrix itself."""
     values_D, vectors_DD = np.linalg.eigh(gram_DD)
     ridge = _RIDGE * max(float(np.abs(np.diag(gram_DD)).mean()), 1e-300)
     values_D = np.maximum(values_D, 0.0) + ridge
@@ -248,7 +249,7 @@ def _square_root(gram_DD: Array) -> tuple[Array, Array]:
 
 
 def _errors(fits_VD: Array, gram_DD: Array, errors_VD: Array) -> Array:
-    """Standard errors of each fit: those of s through the inverse of G on the domains in it."""
+    """Return the errors of each fit, from those of s and the inverse of G where a > 0."""
     found_VD = np.zeros_like(fits_VD)
     for fit_D, error_D, found_D in zip(fits_VD, errors_VD, found_VD, strict=True):
         kept = np.flatnonzero(fit_D > 0)
@@ -259,7 +260,7 @@ def _errors(fits_VD: Array, gram_DD: Array, errors_VD: Array) -> Array:
 
 
 FORGOTTEN = 2.0**-60
-"""The coefficient below which a former boundary has no part in an average: less than rounding."""
+"""Former boundaries with a smaller coefficient, less than rounding, are left out of an average."""
 
 
 def smoothed(history: Sequence[InfluenceMatrix], smoothing: float) -> InfluenceMatrix:
@@ -272,16 +273,16 @@ def smoothed(history: Sequence[InfluenceMatrix], smoothing: float) -> InfluenceM
 
 
 class FormerInfluence:
-    """What former boundaries measured, summed up once for every average it is to be part of.
+    """The weighted sum of former boundaries' matrices, computed once for several averages.
 
     With s = `smoothing`, row i of an average is n_i · Σ_k c_k · (row i of boundary k, over its own
     n), where c_k ∝ sᵏ for the boundary k before the latest, Σ c = 1. Rows are normalised first
-    since gradients shrink as the model learns, and an average of raw rows would be one of the
-    first boundaries. Standard errors are those of a weighted sum of independent estimates.
+    since gradients shrink as the model learns, so that the first boundaries would dominate an
+    average of raw rows. Standard errors are those of a weighted sum of independent estimates.
 
     Args:
-        former: one matrix for each former boundary, in their order; one that lacks a task or a
-            domain of the latest is left out, and so are those whose c_k is below 2⁻⁶⁰.
+        former: one matrix for each former boundary, in their order. Those that lack a task or a
+            domain of the latest, or have a c_k below 2⁻⁶⁰, are left out.
         smoothing: 0 (the latest alone) to below 1.
         tasks, domains: those of the latest matrix.
     """
@@ -311,7 +312,7 @@ class FormerInfluence:
     def averaged_with(self, latest: InfluenceMatrix) -> InfluenceMatrix:
         """Return the average of the former boundaries and this one, in the units of this one."""
         if (latest.tasks, latest.domains) != self._names:
-            raise ValueError("the latest matrix has other tasks or domains than was said")
+            raise ValueError("the latest matrix has other tasks or domains than announced")
         values_VD, variance_VD = self._values_VD.copy(), self._variance_VD.copy()
         self._add(self._latest, latest, values_VD, variance_VD)
         scale_V1 = latest.scale_V[:, None]
@@ -337,14 +338,14 @@ class FormerInfluence:
 
 
 def most_remembered(smoothing: float) -> int:
-    """Return how many former boundaries have a part in an average."""
+    """Return the largest number of former boundaries that an average includes."""
     return int(math.log(FORGOTTEN) / math.log(smoothing)) if smoothing else 0
 
 
 def completed(
     influence: InfluenceMatrix, domains: Sequence[str], tasks: Sequence[str] = ()
 ) -> InfluenceMatrix:
-    """The matrix with further domains and tasks, whose influence is not known, at 0."""
+    """Return the matrix with the missing domains and tasks added, at influence 0."""
     more_domains = [name for name in domains if name not in influence.domains]
     more_tasks = [name for name in tasks if name not in influence.tasks]
     if not more_domains and not more_tasks:

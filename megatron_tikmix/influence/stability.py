@@ -1,9 +1,9 @@
-"""Do the domains keep their ranks from one boundary to the next, as far as noise lets one see?
+"""Rank stability: do domains keep their ranks from one boundary to the next, apart from noise?
 
 The paper's first version says that preferences drift, its second that their ranking is invariant
 over long intervals. A rank correlation alone cannot tell, since noise in the two estimates lowers
-it too: so each is given with its ceiling, the correlation that would be expected had the truth
-not moved at all.
+it too. So each is given with its ceiling, the correlation expected if the true influence had not
+changed.
 """
 
 from collections.abc import Mapping
@@ -26,16 +26,15 @@ class RankStability:
     """Spearman correlations of the domains' influence between two boundaries.
 
     Attributes:
-        correlation: by task, −1 to 1; None where there are fewer than 3 domains, or no ranks.
-        ceiling: by task: what the correlation would be on average if nothing but noise had
-            changed, 0 to 1; None as above.
+        correlation: by task, −1 to 1; None for fewer than 3 domains, or where all are equal.
+        ceiling: by task, the correlation expected if only noise had changed, 0 to 1; None as above.
     """
 
     correlation: dict[str, float | None]
     ceiling: dict[str, float | None]
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values, for the ledger."""
+        """Return plain values for the ledger."""
         return {"correlation": self.correlation, "ceiling": self.ceiling}
 
     @classmethod
@@ -79,7 +78,8 @@ def rank_stability(
 
 
 def spearman(first_D: Array, second_D: Array) -> float | None:
-    """Rank correlation, ties sharing their mean rank; None for fewer than 3 values, or no ranks."""
+    """Return the rank correlation, ties at their mean rank; None for fewer than 3 values, or for
+    equal ones."""
     if len(first_D) < 3:
         return None
     if np.ptp(first_D) == 0 or np.ptp(second_D) == 0:
@@ -88,7 +88,7 @@ def spearman(first_D: Array, second_D: Array) -> float | None:
 
 
 def _reliability(bank: SubBatchBank, generator: np.random.Generator) -> list[float | None]:
-    """By task: the reliability of the ranks, 0 to 1."""
+    """Return the reliability of each task's ranks, 0 to 1, (V,)."""
     halves: list[list[float]] = [[] for _ in bank.tasks]
     for _ in range(_SPLITS):
         first_DB = _random_half(bank.tokens_DB > 0, generator)
@@ -103,14 +103,14 @@ def _reliability(bank: SubBatchBank, generator: np.random.Generator) -> list[flo
 
 
 def _random_half(measured_DB: NDArray[np.bool_], generator: np.random.Generator) -> Any:
-    """Half of each domain's sub-batches, at random."""
+    """Draw half of each domain's sub-batches."""
     order_DB = np.where(measured_DB, generator.random(measured_DB.shape), np.inf).argsort(axis=1)
     place_DB = order_DB.argsort(axis=1)
     return place_DB < (measured_DB.sum(axis=1, keepdims=True) // 2)
 
 
 def _ratios(bank: SubBatchBank, chosen_DB: NDArray[np.bool_]) -> Array:
-    """S_DV from the chosen sub-batches alone."""
+    """Return S_DV from the chosen sub-batches alone."""
     sums_DV = (bank.sums_DBV * chosen_DB[:, :, None]).sum(axis=1)
     ratios_DV: Array = sums_DV / (bank.tokens_DB * chosen_DB).sum(axis=1)[:, None]
     return ratios_DV

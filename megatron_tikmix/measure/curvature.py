@@ -1,11 +1,11 @@
 """Inverse curvature H⁻¹, applied to a gradient.
 
-A new one is a class with the interface of :class:`Curvature`, a function that fits it, an entry of
-:data:`CURVATURES`, and its name among the values of `probe.curvature` in `config/sections.py`. It
-sees this rank's parameters as one flat vector; what needs the shape of a layer needs more.
+To add one, write a class with the interface of :class:`Curvature` and a function that fits it, and
+add an entry to :data:`CURVATURES` and its name to the values of `probe.curvature` in
+`config/sections.py`. It sees this rank's parameters as one flat vector, without layers' shapes.
 
-The classes do not talk to other ranks: what has to be summed over ranks comes in as an argument,
-from the functions that fit them.
+The classes do not communicate: the functions that fit them sum over ranks, and pass the sums as
+arguments.
 """
 
 from collections.abc import Callable, Iterator
@@ -21,16 +21,16 @@ from megatron_tikmix.megatron.groups import Parallel
 
 
 class Curvature(Protocol):
-    """Anything that can stand for H⁻¹.
+    """An approximation of H⁻¹.
 
     Attributes:
-        name: what was used, as the ledger has it.
+        name: its name in the ledger.
     """
 
     name: str
 
     def precondition(self, gradient_P: torch.Tensor) -> torch.Tensor:
-        """H⁻¹ g on this rank's parameters, float32 (P,) to (P,); may overwrite `gradient_P`."""
+        """Return H⁻¹ g on this rank's parameters, float32 (P,); may overwrite `gradient_P`."""
         ...
 
 
@@ -51,7 +51,7 @@ class DampedDiagonal:
     parameters that never had a gradient would dominate.
 
     Args:
-        name: where v comes from.
+        name: its name in the ledger, by the origin of v.
         second_moment_P: v of this rank's parameters, float32 (P,); overwritten.
         mean_root: mean of √v over all parameters that count, each once and vocabulary padding
             left out (the padding depends on the layout).
@@ -62,8 +62,8 @@ class DampedDiagonal:
         self, name: str, second_moment_P: torch.Tensor, *, mean_root: float, damping: float
     ) -> None:
         self.name = name
-        # In place: v may be as large as the model. Where there never was a gradient, any scale
-        # will do that is finite.
+        # In place, since v may be as large as the model. Parameters that never had a gradient need
+        # only a finite scale.
         self._scale_P = second_moment_P.sqrt_().add_(damping * mean_root or 1.0).reciprocal_()
 
     def precondition(self, gradient_P: torch.Tensor) -> torch.Tensor:
@@ -72,7 +72,7 @@ class DampedDiagonal:
 
 @dataclass(frozen=True)
 class Fit:
-    """What a curvature is fitted to.
+    """The objects from which a curvature is fitted.
 
     Attributes:
         domain_gradients: returns mean gradients of fresh sub-batches, one of each domain, this
@@ -86,12 +86,12 @@ class Fit:
 
 
 def fit_curvature(fit: Fit) -> Curvature:
-    """Return the curvature of `probe.curvature` at the parameters as they are. Collective."""
+    """Return the curvature that `probe.curvature` names, at the present parameters. Collective."""
     return CURVATURES[fit.config.curvature].fitted(fit)
 
 
 def _adam(fit: Fit) -> Curvature:
-    """Return Adam's; `squared_gradients` before its first step, or without its state."""
+    """Use Adam's second moment; before its first step, or without its state, squared gradients."""
     if _somewhere(not fit.shards.has_second_moment(), fit.parallel):
         return _squared_gradients(fit)
     return _diagonal("adam", fit.shards.second_moment(), fit)
@@ -135,7 +135,7 @@ CURVATURES = {
 def _mean_square(
     gradients: Iterator[torch.Tensor], shards: OptimizerShards, parallel: Parallel
 ) -> torch.Tensor:
-    """Mean of the squared gradients that are finite, (P,): the probe's own second moment."""
+    """Return the mean of squared gradients, without those that are not finite, (P,)."""
     total_P, count = torch.zeros(shards.numel, device=shards.device), 0
     for gradient_P in gradients:
         if not _somewhere(~torch.isfinite(gradient_P).all(), parallel):

@@ -1,11 +1,11 @@
-"""Sizes and floating-point operations of a GPT, from its configuration alone."""
+"""Parameter counts and floating-point operations of a GPT, from its configuration alone."""
 
 from megatron_tikmix.config import GPTConfig
 from megatron_tikmix.megatron.model import padded_vocab_size
 
 
 def layer_parameters(model: GPTConfig) -> int:
-    """Weights of one transformer layer's matrices; norms and biases are not counted."""
+    """Count the weights of one transformer layer's matrices, without norms and biases."""
     heads, kv_channels = model.num_attention_heads, model.kv_channels
     query, groups = heads * kv_channels, model.num_query_groups or heads
     attention = model.hidden_size * (2 * query + 2 * groups * kv_channels)
@@ -14,7 +14,7 @@ def layer_parameters(model: GPTConfig) -> int:
 
 
 def parameters_per_rank(model: GPTConfig, vocab_size: int, sequence_length: int) -> int:
-    """Parameters of the fullest pipeline stage on one tensor-parallel rank, about."""
+    """Estimate the parameters of the fullest pipeline stage on one tensor-parallel rank."""
     pp, tp = model.pipeline_model_parallel_size, model.tensor_model_parallel_size
     embedding = padded_vocab_size(vocab_size, model) * model.hidden_size
     untied = not model.share_embeddings_and_output_weights
@@ -26,7 +26,7 @@ def parameters_per_rank(model: GPTConfig, vocab_size: int, sequence_length: int)
 
 
 def flops_per_token(model: GPTConfig, vocab_size: int, sequence_length: int) -> float:
-    """Forward and backward of one token: 6 a weight that multiplies it, and causal attention.
+    """Return the FLOPs of one token, forward and backward: 6 for each weight, and attention's.
 
     The backward pass counts twice the forward; recomputed activations are not counted.
     """

@@ -1,4 +1,4 @@
-"""Inner products of gradients, shard by shard, and the validation gradients that a probe keeps."""
+"""Inner products of gradients on one rank, and the validation gradients that a probe keeps."""
 
 from collections.abc import Iterable, Iterator
 
@@ -9,27 +9,27 @@ from megatron_tikmix.measure.shards import OptimizerShards
 from megatron_tikmix.megatron.collectives import gather_slices
 from megatron_tikmix.megatron.groups import Parallel
 
-# Elements of the (V, chunk) block that is converted to float64 at a time, by device: large for few
-# launches on an accelerator, and small for the cache of a CPU.
+# Elements of the (V, chunk) block that is converted to float64 at a time, by device: large, for few
+# kernel launches, on an accelerator, and small enough for the cache on a CPU.
 _BLOCK = {"cpu": 1 << 20}
 _BLOCK_ELSEWHERE = 1 << 24
-# For a small model, no more than a part of the gradient, so that it takes no memory to speak of.
+# At most this part of the gradient is converted, so that small models need little memory too.
 _PARTS, _LEAST = 16, 4096
 
 
 def inner_products(tasks_VP: torch.Tensor, gradient: Iterable[torch.Tensor]) -> torch.Tensor:
-    """⟨task_i, gradient⟩ for every task i, over the parameters this rank holds.
+    """Return ⟨task_i, gradient⟩ for every task i, over the parameters this rank holds.
 
-    Partial: an inner product is a sum over parameters, so the sum of this over the ranks
-    that share the parameters out is the whole one.
+    These are partial: summed over the ranks among which the parameters are divided they give the
+    whole inner products.
 
     Args:
         tasks_VP: preconditioned validation gradients, any float dtype, (V, P).
         gradient: a domain sub-batch's gradient in pieces, flat, P elements in all. They may be
-            views of megatron-core's gradient buffer: nothing of the size of P is made.
+            views of megatron-core's gradient buffer: no copy of size P is made.
 
     Returns:
-        float64 (V,), on the device. Summed in float64: an influence is a small difference of
+        float64 (V,), on the device. Summed in float64, since an influence is a small difference of
         many large terms.
     """
     V, P = tasks_VP.shape
@@ -46,7 +46,7 @@ def inner_products(tasks_VP: torch.Tensor, gradient: Iterable[torch.Tensor]) -> 
 
 
 def _chunks(pieces: Iterable[torch.Tensor], size: int) -> Iterator[torch.Tensor]:
-    """The pieces cut and put together to chunks of `size` elements, the last one shorter."""
+    """Yield the pieces' elements in chunks of `size`, the last one shorter."""
     held: list[torch.Tensor] = []
     room = size
     for piece in pieces:
@@ -64,14 +64,14 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class KeptGradients:
-    """Rows of preconditioned validation gradients, and the domain gradient they line up with.
+    """Preconditioned validation gradients, with the domain gradient to multiply them by.
 
-    `sharded` keeps this rank's slice of each row, against its slice of a gradient that was
-    reduced as in training. `replicated` keeps whole rows, against this rank's own unreduced
-    gradient; in groups of tasks if so configured, each gathered when it is its turn.
+    `sharded` keeps this rank's slice of each row, to be multiplied by its slice of a gradient that
+    is reduced as in training. `replicated` keeps whole rows, to be multiplied by this rank's own
+    unreduced gradient; with `probe.task_group_size`, one group of tasks at a time is gathered.
 
     Args:
-        tasks_VP: this rank's slices, (V, P); taken over.
+        tasks_VP: this rank's slices, (V, P); not copied.
     """
 
     def __init__(
@@ -110,11 +110,11 @@ class KeptGradients:
             yield group, self._gathered(self._tasks_VP[group])
 
     def pieces(self) -> list[torch.Tensor]:
-        """The domain gradient in the buffer, flat, P elements in all."""
+        """Return the domain gradient in the buffer, as flat pieces of P elements in all."""
         return self._shards.whole_pieces() if self.whole else self._shards.pieces()
 
     def _gathered(self, rows_VP: torch.Tensor) -> torch.Tensor:
-        """Return the same rows whole, gathered in the gradient buffer."""
+        """Return the whole rows of these slices, gathered by way of the gradient buffer."""
         whole_VP = rows_VP.new_empty(len(rows_VP), self._shards.whole_numel)
         for row_P, whole_P in zip(rows_VP, whole_VP, strict=True):
             for buffer in self._shards.scatter(row_P):

@@ -101,7 +101,7 @@ class ProbeData:
 
 
 class InfluenceProbe:
-    """Measures a :class:`SubBatchBank` at the parameters as they are, in as many helpings as asked.
+    """Measures a :class:`SubBatchBank` at the present parameters, in one or several calls of `add`.
 
     ::
 
@@ -157,13 +157,13 @@ class InfluenceProbe:
         return [task.name for task in self._data.tasks]
 
     tokens: int = 0
-    """Tokens passed through since it was opened, over all ranks; masked ones cost as much."""
+    """Tokens processed since the probe was opened, over all ranks, masked or not."""
 
     curvature: str = ""
-    """What was used, as the ledger names it; set when it is opened."""
+    """Name of the curvature that was used, as in the ledger; set when the probe is opened."""
 
     bad_tasks: Sequence[str] = ()
-    """Tasks whose gradient is not finite; set when it is opened."""
+    """Tasks whose gradient is not finite; set when the probe is opened."""
 
     @property
     def seconds(self) -> float:

@@ -1,4 +1,4 @@
-"""Plans a probe before training: its cost, and whether that is within the limits."""
+"""Plans a probe before training: its cost, and whether that is within the limit."""
 
 import math
 from dataclasses import dataclass, replace
@@ -19,23 +19,24 @@ class ProbePlan:
     tasks: int
 
     own_gradients: int
-    """Domains whose own gradient is kept as a task's is: all, with joint influence; else 0."""
+    """Number of domains whose own gradient is kept like a task's: all with joint influence, else 0.
+    """
 
     sub_batches: int
-    """Of each domain, after `probe.max_overhead` was seen to."""
+    """Sub-batches of each domain, lowered where `probe.max_overhead` demands it."""
 
     sub_batches_asked: int
-    """Of each domain, as configured."""
+    """Sub-batches of each domain as configured."""
 
     samples_of_tasks: int
 
     samples_of_sub_batch: int
-    """Of one sub-batch of each domain, all passes through it and padding included."""
+    """Samples of one sub-batch of each domain, with padding, counted once for each pass."""
 
     samples_of_curvature: int
 
     least_samples_of_sub_batch: int
-    """The same with one micro-batch on each rank that carries a sub-batch."""
+    """`samples_of_sub_batch` with just one micro-batch on each rank that takes part."""
 
     sequence_length: int
     interval_tokens: int
@@ -43,10 +44,10 @@ class ProbePlan:
     flops_per_token: float
 
     most_tokens: int | None
-    """With `probe.precision`: what it may grow to; None without."""
+    """The most tokens to which `probe.precision` may let the probe grow; None without it."""
 
     gradient_bytes: int
-    """Validation gradients kept on the fullest rank, at most."""
+    """The most bytes of validation gradients that a rank keeps."""
 
     mode: str
 
@@ -61,13 +62,13 @@ class ProbePlan:
 
     @property
     def least_tokens(self) -> int:
-        """Tokens of the smallest probe that gives an influence matrix with errors."""
+        """Tokens of the smallest probe that gives standard errors."""
         samples = self.samples_of_tasks + MIN_SUB_BATCHES * self.least_samples_of_sub_batch
         return samples * self.sequence_length
 
     @property
     def overhead(self) -> float:
-        """Tokens of the probe over those of an interval."""
+        """The probe's tokens divided by those of an interval."""
         return self.tokens / self.interval_tokens
 
     @property
@@ -102,12 +103,12 @@ class ProbePlan:
 
 @dataclass(frozen=True, kw_only=True)
 class Trained:
-    """What is trained and how it is spread, as far as a probe's cost depends on it.
+    """The properties of model and layout on which a probe's cost depends.
 
     Attributes:
-        microbatch_multiple: what the micro-batches of one pass must be a multiple of: the pipeline
+        microbatch_multiple: a pass must have a multiple of so many micro-batches: the pipeline
             size where stages are interleaved, else 1.
-        parameters: of the fullest rank.
+        parameters: their number on the fullest rank.
         flops_per_token: forward and backward, of the whole model.
     """
 
@@ -118,7 +119,7 @@ class Trained:
 
 
 def plan_probe(config: RunConfig, world_size: int, data: TrainingData) -> ProbePlan | None:
-    """The probe's plan, before anything is built; None if there is no probe.
+    """Plan the probe before the model is built; return None if there is no probe.
 
     Raises:
         InputError: as :func:`plan_probe_of`.
@@ -138,10 +139,10 @@ def plan_probe(config: RunConfig, world_size: int, data: TrainingData) -> ProbeP
 def plan_probe_of(
     trained: Trained, config: MixtureSections, data: TrainingData
 ) -> ProbePlan | None:
-    """The probe's plan; None if there is none.
+    """Plan the probe of a given model and layout; return None if there is no probe.
 
     Raises:
-        InputError: it cannot be brought within `probe.max_overhead` with 8 sub-batches or more.
+        InputError: even with 8 sub-batches the probe exceeds `probe.max_overhead`.
     """
     if not config.decides:
         return None
@@ -170,7 +171,7 @@ def _as_configured(trained: Trained, config: MixtureSections, data: TrainingData
     D, V = len(data.names), len(data.probed_tasks)
     replicated = probe.data_parallel_mode == "replicated"
     least = train.micro_batch_size * trained.microbatch_multiple
-    step = least * (1 if replicated else ranks)  # of a sub-batch
+    step = least * (1 if replicated else ranks)  # a sub-batch is padded to a multiple of this
     groups = math.ceil(V / (probe.task_group_size or V))
     samples_of_tasks = sum(
         _filled(min(probe.task_samples, task.decide.samples_per_epoch), least * ranks)
@@ -209,5 +210,5 @@ def _as_configured(trained: Trained, config: MixtureSections, data: TrainingData
 
 
 def _filled(samples: int, step: int) -> int:
-    """Round `samples` up to what is passed: full micro-batches on every rank that takes part."""
+    """Round `samples` up to full micro-batches on every rank that takes part."""
     return math.ceil(samples / step) * step

@@ -1,4 +1,4 @@
-"""Remixer: probe, decide, audit, broadcast. Every line of it is reached by every rank."""
+"""Remixer: probe, decide, audit, broadcast. All ranks take the same path through it."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -27,17 +27,17 @@ from megatron_tikmix.mixture.mixture import Mixture
 from megatron_tikmix.seeds import derived_seed
 
 Progress = Callable[[int, int], None]
-"""Called with (done, in all)."""
+"""A callback for progress, called with (done, total)."""
 
 
 class Remixer:
     """Decides the next interval's mixture.
 
     Args:
-        probe: measures influence; see there for what it needs of a Megatron loop.
-        decider: the decision itself; used on the main rank only.
-        rollouts: where the configuration asks for any, None otherwise.
-        plan: how many sub-batches of each domain, and how many tokens a probe may take.
+        probe: measures influence.
+        decider: makes the decision; used on the main rank only.
+        rollouts: None unless the configuration needs them.
+        plan: says how many sub-batches and tokens a probe may take.
     """
 
     def __init__(
@@ -69,12 +69,12 @@ class Remixer:
         on_probe: Progress = lambda done, total: None,
         on_rollout: Progress = lambda done, total: None,
     ) -> "Remixer":
-        """Return a Remixer on what trains and its data, whichever loop that is. Collective.
+        """Return a Remixer for a model in training and its data, in any loop. Collective.
 
         Args:
             optimizer: megatron-core's distributed optimizer.
             scheduler: megatron-core's OptimizerParamScheduler; used by rollouts only.
-            on_probe, on_rollout: called with the passes of a probe, and the rollouts, so far.
+            on_probe, on_rollout: called with (done, total) passes of a probe, and rollouts.
 
         Raises:
             InputError: `probe.parameters` selects nothing.
@@ -82,7 +82,7 @@ class Remixer:
         parallel, probe = forward_backward.parallel, config.probe
 
         length = config.data.sequence_length
-        # One more, from which squared gradients are taken.
+        # One sub-batch more, for the curvature of squared gradients.
         probed = (plan.sub_batches + 1) * probe.sub_batch_samples
         if plan.most_tokens is not None:
             probed = max(probed, plan.most_tokens // length)
@@ -145,11 +145,12 @@ class Remixer:
     def remix(self, at: Boundary) -> Decision:
         """Decide the mixture of the stage that begins. Collective.
 
-        Call it after an optimizer step and before gradients are accumulated again. It leaves
-        gradient buffers empty, and everything else as it found it.
+        Call it after an optimizer step and before gradients are accumulated again. It empties the
+        gradient buffers, and leaves everything else unchanged.
 
         Args:
-            at: `prior` and `iteration` are the same on every rank; the main rank needs the rest.
+            at: `prior`, `stage` and `iteration` must be the same on every rank; only the main rank
+                needs the rest.
         """
         outside = self._config.outside_phase(at.iteration)
         if outside:
@@ -165,7 +166,7 @@ class Remixer:
         return replace(self._audited(decision, at), **cost)
 
     def _measured(self, probe: InfluenceProbe, at: Boundary) -> SubBatchBank:
-        """The planned sub-batches of each domain, and with `probe.precision` what else it takes."""
+        """Measure the planned sub-batches, and with `probe.precision` more where it needs them."""
         plan, precision, D = self._plan, self._config.probe.precision, len(probe.domains)
         before = probe.tokens
         bank = probe.add(np.full(D, plan.sub_batches))
@@ -183,7 +184,7 @@ class Remixer:
             bank = probe.add(more_D)
 
     def _decide(self, bank: SubBatchBank, at: Boundary) -> Decision | None:
-        """The main rank's decision; None on the others, which take part in its rollouts."""
+        """Return the decision on the main rank; None on others, which take part in its rollouts."""
         remix, rollout = self._config.remix, self._config.rollout
         if remix.policy == "tikmix_m" and remix.measure == "rollout":
             assert self._rollouts is not None
@@ -198,14 +199,14 @@ class Remixer:
         return self._decider.decide(bank, at) if self._parallel.is_main else None
 
     def _agreed(self, decision: Decision | None, at: Boundary) -> Decision:
-        """The main rank's decision; on the others its mixture alone.
+        """Return the main rank's decision; on other ranks, only its mixture.
 
-        Decided once: rounding or a library's version must never make two ranks disagree.
+        Broadcast, since different rounding or library versions could make ranks disagree.
         """
         names = list(at.prior)
         integers = (decision.mixture if decision else at.prior).integer_weights()
-        mine = np.array([integers[name] for name in names])
-        weights = broadcast_integers(mine, self._parallel)
+        weights_D = np.array([integers[name] for name in names])
+        weights = broadcast_integers(weights_D, self._parallel)
         if decision is not None:
             return decision
         return Decision(
@@ -213,7 +214,7 @@ class Remixer:
         )
 
     def _audited(self, decision: Decision, at: Boundary) -> Decision:
-        """The decision, after an audit where there is one to make."""
+        """Audit the decision if the configuration asks for it; return what comes of it."""
         config = self._config.audit
         if not config.enabled or decision.mixture.integer_weights() == at.prior.integer_weights():
             return decision
@@ -225,8 +226,8 @@ class Remixer:
                 self._rollouts,
                 at.prior,
                 decision.mixture,
-                # What predicts is influence itself, in one unit for all tasks. Of a domain or task
-                # that was not measured nothing was predicted.
+                # Predictions use raw influence, whose unit is the same for all tasks. For a domain
+                # or task that was not measured there is no prediction.
                 None
                 if measured is None
                 else completed(
@@ -242,7 +243,7 @@ class Remixer:
                 repetitions=config.repetitions,
                 confidence=config.confidence,
             )
-        except RolloutError as error:  # on every rank alike, and training is as it was
+        except RolloutError as error:  # on every rank; training's state has been restored
             failure = f"there was no audit: {error}"
         audited = decision.after(found, at.prior, self._config.remix.require_audit, failure)
         # Only the main rank knows what the audit found.
@@ -261,18 +262,19 @@ def audit(
     repetitions: int = LEAST_REPETITIONS,
     confidence: float = 0.95,
 ) -> Audit | None:
-    """Paired rollouts of two mixtures against the influence predicted for them. Collective.
+    """Compare paired rollouts of two mixtures with what influence predicts for them. Collective.
 
     The mixtures must be the same on every rank; only rank 0 needs the influence matrix.
 
     Args:
-        seed: not that of any rollouts which chose `new`: a choice looks best on its own samples.
+        seed: must differ from that of rollouts that chose `new`, since a choice looks best on the
+            samples it was made on.
 
     Returns:
-        what was found on rank 0, None on the others.
+        the audit on rank 0, None on the others.
 
     Raises:
-        InputError: fewer than 4 repetitions, or a confidence that is none.
+        InputError: fewer than 4 repetitions, or a confidence outside 0 to 1.
         RolloutError: a rollout failed.
     """
     if repetitions < LEAST_REPETITIONS:
@@ -303,7 +305,7 @@ def _integers(mixture: Mixture, domains: Sequence[str]) -> NDArray[np.int64]:
 
 
 def build_decider(config: MixtureSections, data: TrainingData) -> Decider:
-    """Return what decides at the boundaries of a run."""
+    """Return the Decider for a run's boundaries."""
     return Decider(
         config.remix,
         seed=config.probe.seed,

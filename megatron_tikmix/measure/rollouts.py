@@ -1,4 +1,4 @@
-"""Rollouts: short real continuations under candidate mixtures, undone afterwards.
+"""Rollouts: short continuations of training under candidate mixtures, undone afterwards.
 
 ::
 
@@ -63,7 +63,7 @@ class RolloutData:
         open_stream: (domain index, seed) to a stream of the domain's train split.
         domains: names, D.
         tasks: names of the validation tasks, V.
-        deciding_items: task index to the micro-batches of its items that decide.
+        deciding_items: maps a task's index to the micro-batches of its deciding items.
     """
 
     def __init__(
@@ -91,17 +91,17 @@ class RolloutData:
         }
 
     def of_tasks(self) -> list[list[Sample]]:
-        """The micro-batches of each task's items that decide."""
+        """Return the micro-batches of each task's deciding items."""
         return [self._deciding_items(task) for task in range(len(self.tasks))]
 
     def streams(self, seed: int) -> list[DomainStream]:
-        """Each domain's samples for `seed`: the same for all candidates."""
+        """Return a stream of each domain's samples for `seed`, the same for all candidates."""
         return [self._open_stream(domain, seed) for domain in range(len(self.domains))]
 
     def blended(
         self, streams: Sequence[DomainStream], weights_D: np.ndarray, *, seed: int, iters: int
     ) -> Iterator[Sample]:
-        """This rank's micro-batches of `iters` global batches, blended as training would.
+        """Return this rank's micro-batches of `iters` global batches, blended as in training.
 
         Args:
             weights_D: integer weights, int64 (D,), sum 2³⁰.
@@ -114,24 +114,24 @@ class RolloutData:
 
 Made = TypeVar("Made")
 
-# How long a rank that failed inside a step waits for the others to fail there too.
+# Seconds that a rank that failed inside a step waits for the others to fail too.
 _PATIENCE_SECONDS = 30.0
 
 
 class Rollouts:
-    """Measures candidate mixtures by training on them for a while, and undoing it.
+    """Measures candidate mixtures by training on each for a few steps, and undoing them.
 
-    Every optimizer step is one of training (:func:`~megatron_tikmix.megatron.step.train_step`):
-    the same global batch size, the learning-rate schedule going on. Candidates share samples,
-    their order and dropout, so that what differs between outcomes is what the weights did.
-    Making one is collective.
+    The steps are those of training (:func:`~megatron_tikmix.megatron.step.train_step`), with the
+    same global batch size, and continue its learning-rate schedule. Candidates share samples,
+    their order and dropout, so that outcomes differ by the effect of the weights alone.
+    Making a `Rollouts` is collective.
 
     Args:
         forward_backward: model chunks, process groups and `forward_step_func`, bound to
             megatron-core's schedule.
         optimizer: megatron-core's distributed optimizer.
-        data: samples of rollouts, and the tasks' items that decide.
-        on_progress: called with (done, all) rollouts.
+        data: samples of rollouts, and the tasks' deciding items.
+        on_progress: called with (done, total) rollouts.
     """
 
     def __init__(
@@ -155,10 +155,10 @@ class Rollouts:
     def measure(
         self, weights_ND: ArrayLike, *, seed: int, iters: int, repetitions: int = 1
     ) -> RolloutOutcomes:
-        """The drop of each task's loss after `iters` steps on each candidate. Collective.
+        """Measure the drop of each task's loss after `iters` steps on each candidate. Collective.
 
         Call it between two optimizer steps. Afterwards, also after an error, training's state is
-        bit for bit what it was, and the gradient buffers are empty.
+        unchanged, bit for bit, and the gradient buffers are empty.
 
         Args:
             weights_ND: candidates as integer weights, int64 (N, D), each row summing to 2³⁰; the
@@ -178,19 +178,19 @@ class Rollouts:
         what = f"{weights_ND.tolist()} {seed} {iters} {repetitions}"
         check_same_on_all_ranks(what, "what rollouts are asked for", self.parallel)
         plan = _Plan(weights_ND, seed, iters, repetitions)
-        snapshot = self._together(
+        snapshot = self._make_on_all_ranks(
             partial(TrainingSnapshot, self._model, self._optimizer, self._scheduler),
             "training's state cannot be copied for rollouts",
         )
         try:
-            with _checks_that_raise_off(self._model):
+            with _gradient_checks_off(self._model):
                 before_V, drops_RNV = self._measure(plan, snapshot)
         except RolloutError:
             snapshot.restore()
             raise
         except Exception as error:
-            # Restoring gathers parameters, which takes every rank. Where one alone failed, the
-            # others wait for it in the middle of a step, and the job cannot be saved.
+            # Restoring gathers parameters, for which all ranks are needed. If only one failed, the
+            # others wait for it in the middle of a step, and the job is lost.
             if not self._meeting_point.all_arrive():
                 raise
             snapshot.restore()
@@ -210,14 +210,14 @@ class Rollouts:
     def _measure(
         self, plan: "_Plan", snapshot: TrainingSnapshot
     ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """The losses before, (V,), and the drops, (R, N, V)."""
+        """Return the losses before the rollouts, (V,), and their drops, (R, N, V)."""
         N, V = len(plan.weights_ND), len(self.data.tasks)
-        items = self._together(self.data.of_tasks)
+        items = self._make_on_all_ranks(self.data.of_tasks)
         before_V = self._task_losses(items, plan)
         drops_RNV = np.full((plan.repetitions, N, V), np.nan)
         for r in range(plan.repetitions):
             seed = derived_seed(plan.seed, r)
-            streams = self._together(partial(self.data.streams, seed))
+            streams = self._make_on_all_ranks(partial(self.data.streams, seed))
             for n, weights_D in enumerate(plan.weights_ND):
                 snapshot.restore(seed)
                 if self._steps(streams, weights_D, seed, plan):
@@ -230,13 +230,13 @@ class Rollouts:
     def _steps(
         self, streams: Sequence[DomainStream], weights_D: np.ndarray, seed: int, plan: "_Plan"
     ) -> bool:
-        """Train on a candidate; False, on every rank, as soon as a loss or gradient is lost."""
-        blended = self._together(
+        """Train on a candidate; return False, on every rank, once a loss or gradient is lost."""
+        blended = self._make_on_all_ranks(
             partial(self.data.blended, streams, weights_D, seed=seed, iters=plan.iters)
         )
         for _ in range(plan.iters):
-            # Read first: a rank that cannot must say so before the others are in the step.
-            micro_batches = self._together(partial(self._next_batch, blended))
+            # Read first: a rank that fails to read must tell the others before they begin the step.
+            micro_batches = self._make_on_all_ranks(partial(self._next_batch, blended))
             result = train_step(
                 self._forward_backward,
                 iter(micro_batches),
@@ -255,7 +255,7 @@ class Rollouts:
 
     @torch.no_grad()
     def _task_losses(self, items: list[list[Sample]], plan: "_Plan") -> NDArray[np.float64]:
-        """Mean loss per unmasked token of each task's deciding items, in nats, float64 (V,)."""
+        """Return each task's mean loss per unmasked token of deciding items, nats, float64 (V,)."""
         totals = []
         with evaluation_mode(self._model):
             for batches in items:
@@ -265,10 +265,10 @@ class Rollouts:
         loss_V, tokens_V = sum_over_ranks(torch.stack(totals), self.parallel).unbind(dim=1)
         return (loss_V / tokens_V).numpy()
 
-    def _together(
+    def _make_on_all_ranks(
         self, make: Callable[[], Made], failure: str = "the data of a rollout cannot be read"
     ) -> Made:
-        """`make()`, which needs no other rank, or an error on every rank if one rank fails."""
+        """Return `make()`, which must not communicate; raise on every rank if one rank fails."""
         made: list[Made] = []
         problem = None
         try:
@@ -283,7 +283,7 @@ class Rollouts:
 
 @dataclass
 class _Plan:
-    """What one call of :meth:`Rollouts.measure` is asked for, and what it has spent so far."""
+    """The arguments of one call of :meth:`Rollouts.measure`, and its cost so far."""
 
     weights_ND: NDArray[np.int64]
     seed: int
@@ -294,13 +294,13 @@ class _Plan:
 
 
 def checked_weights(weights_ND: ArrayLike, domains: Sequence[str]) -> NDArray[np.int64]:
-    """Candidates as integer weights, int64 (N, D), each row summing to 2³⁰.
+    """Return candidates as integer weights, int64 (N, D), each row summing to 2³⁰.
 
-    Integers are taken as they are; weights in floating point are normalised and rounded as
+    Integers are kept; weights in floating point are normalised and rounded as
     :meth:`Mixture.integer_weights` does.
 
     Raises:
-        InputError: wrong shape, no candidate, or a row that is no mixture.
+        InputError: wrong shape, no candidate, or a row that is not a mixture.
     """
     given = np.asarray(weights_ND)
     if given.ndim != 2 or given.shape[1] != len(domains) or len(given) == 0:
@@ -323,10 +323,10 @@ def checked_weights(weights_ND: ArrayLike, domains: Sequence[str]) -> NDArray[np
 
 
 @contextmanager
-def _checks_that_raise_off(model: list[DistributedDataParallel]) -> Iterator[None]:
-    """Without megatron-core's own checks of gradients: a rollout may lose them, the run not.
+def _gradient_checks_off(model: list[DistributedDataParallel]) -> Iterator[None]:
+    """Turn off megatron-core's checks of gradients: a failing rollout must not end the run.
 
-    They would raise on one rank alone, in the middle of a step.
+    They would raise on a single rank, in the middle of a step.
     """
     configs = [chunk.ddp_config for chunk in model]
     kept = [(config.check_for_nan_in_grad, config.check_for_large_grads) for config in configs]
@@ -340,7 +340,7 @@ def _checks_that_raise_off(model: list[DistributedDataParallel]) -> Iterator[Non
 
 
 def _is_lost(result: StepResult) -> bool:
-    """Whether this rank sees a loss or gradient norm that is not finite."""
+    """Return whether this rank sees a loss or gradient norm that is not finite."""
     if not math.isfinite(result.grad_norm):
         return True
     return any(not torch.isfinite(rows["loss"]).all() for rows in result.loss_sums)
@@ -359,7 +359,7 @@ Measure = Callable[[ArrayLike], NDArray[np.float64]]
 
 
 class RolloutService:
-    """Runs a solver on rank 0, with rollouts for what it measures.
+    """Runs a solver on rank 0, and on all ranks the rollouts that it asks for.
 
     ::
 
@@ -378,19 +378,19 @@ class RolloutService:
         self._out_of_step = False
 
     def run(self, solve: Callable[[Measure], Solution]) -> Solution | None:
-        """`solve(measure)` on rank 0, the other ranks taking part in its rollouts. Collective.
+        """Return `solve(measure)`, run on rank 0 with rollouts on all ranks. Collective.
 
         `measure(weights_ND)` takes candidates as float64 or integer weights, (N, D), and returns
         the drops of the tasks' losses, float64 (N, V), as
         :attr:`~megatron_tikmix.measure.rollouts.RolloutOutcomes.outcomes_NV`. It raises
-        :class:`RolloutError` where rollouts fail; the solver may go on after that.
+        :class:`RolloutError` where rollouts fail; the solver may continue after that.
 
         Returns:
             the solution on rank 0, None on the others.
 
         Raises:
-            Exception: whatever `solve` raised, on rank 0; on the others an InputError if it was
-                one, and a TrainingError otherwise.
+            Exception: on rank 0, whatever `solve` raised; on the others, InputError if it was one,
+                else TrainingError.
         """
         if not self._parallel.is_main:
             self._serve()
@@ -408,7 +408,7 @@ class RolloutService:
 
     def _request(self, weights_ND: ArrayLike) -> NDArray[np.float64]:
         self._check_in_step()
-        # What can be refused is refused before the other ranks hear of it.
+        # Refuse bad candidates before the other ranks are involved.
         integers_ND = checked_weights(weights_ND, self._rollouts.data.domains)
         broadcast_integers(np.array([len(integers_ND)]), self._parallel)
         broadcast_integers(integers_ND, self._parallel)
@@ -421,8 +421,8 @@ class RolloutService:
             raise
 
     def _dismiss(self, error: BaseException | None) -> None:
-        """Let the other ranks go, with the reason if it is an error."""
-        if self._out_of_step:  # they wait elsewhere; this rank's end will end them
+        """Release the other ranks, and send them the error if there is one."""
+        if self._out_of_step:  # they wait in another collective, until this rank's exit ends them
             return
         broadcast_integers(np.array([0]), self._parallel)
         reason = (
@@ -431,20 +431,20 @@ class RolloutService:
         broadcast_object(reason, self._parallel)
 
     def _check_in_step(self) -> None:
-        if self._out_of_step:  # a solver has swallowed the error that came of it
+        if self._out_of_step:  # a solver has swallowed the error
             raise TrainingError("a rollout failed on this rank alone; the job cannot go on")
 
     # On the others -----------------------------------------------------------------------
 
     def _serve(self) -> None:
-        """Take part in rank 0's rollouts until it needs no more."""
+        """Take part in rank 0's rollouts until it needs no more of them."""
         domains = len(self._rollouts.data.domains)
         while (candidates := int(broadcast_integers(np.array([0]), self._parallel)[0])) > 0:
             asked_ND = np.zeros((candidates, domains), dtype=np.int64)
             try:
                 self._measure(broadcast_integers(asked_ND, self._parallel))
             except RolloutError:
-                continue  # rank 0 has it too, and its solver says whether that is the end
+                continue  # raised on rank 0 too, where the solver decides whether to continue
         reason = broadcast_object(None, self._parallel)
         if reason is not None:
             is_input, words = reason

@@ -1,8 +1,8 @@
-"""What megatron-core's distributed optimizer holds, shard by shard: read, and put back.
+"""The shards of megatron-core's distributed optimizer: reading and restoring them.
 
-With ``megatron/cpu.py`` and ``megatron/faults.py`` the only file that touches private
-names of megatron-core; ``tests/unit/megatron/test_megatron_contract.py`` holds the installed
-version to them.
+Besides ``megatron/cpu.py`` and ``megatron/faults.py`` this is the only file that uses private names
+of megatron-core; ``tests/unit/megatron/test_megatron_contract.py`` checks that the installed
+version has them.
 """
 
 import copy
@@ -38,19 +38,19 @@ class _Shard:
     start: int
     end: int
     real: int
-    """How many of its elements, from `start` on, are not vocabulary padding."""
+    """Number of its elements, from `start` on, that are not vocabulary padding."""
 
 
 class OptimizerShards:
-    """What this rank's optimizer holds, as flat vectors of the same P elements each.
+    """The gradient and the state in this rank's optimizer, as flat vectors of P elements each.
 
-    Over all ranks every parameter of the model is counted exactly once: parameters that
-    tensor-parallel ranks hold copies of, and the last stage's copy of a tied embedding, are
-    left out but on one rank; data-parallel ranks own disjoint slices.
+    Over all ranks every parameter of the model is counted exactly once: of copies on several
+    tensor-parallel ranks, or of a tied embedding on the last stage, only one is counted;
+    data-parallel ranks own disjoint slices.
 
     Args:
-        selects: by its global name, whether a parameter counts (see
-            :func:`~megatron_tikmix.measure.shards.global_names`); default: all.
+        selects: tells by its global name whether a parameter counts (see
+            :func:`~megatron_tikmix.measure.shards.global_names`); default: all do.
 
     Raises:
         TypeError: the optimizer is not megatron-core's distributed optimizer with Adam.
@@ -92,32 +92,35 @@ class OptimizerShards:
 
     @property
     def numel(self) -> int:
-        """P, this rank's elements."""
+        """P, the number of this rank's elements."""
         return sum(shard.end - shard.start for shard in self._shards)
 
     @property
     def whole_numel(self) -> int:
-        """Elements of the parameters counted here, those of other data-parallel ranks included."""
+        """Number of elements with those owned by other data-parallel ranks."""
         return sum(parameter.numel() for parameter in self._counted)
 
     def pieces(self) -> list[torch.Tensor]:
-        """The reduced gradient: flat views of the gradient buffer, P elements in all."""
+        """Return the reduced gradient as flat views of the gradient buffer, P elements in all."""
         return [_gradient(s.parameter)[s.start : s.end] for s in self._shards]
 
     def whole_pieces(self) -> list[torch.Tensor]:
-        """The whole gradient of the parameters counted here: views, `whole_numel` elements."""
+        """Return the gradient with the parts of other data-parallel ranks, as flat views.
+
+        They have `whole_numel` elements in all.
+        """
         return [_gradient(parameter) for parameter in self._counted]
 
     def gradient(self) -> torch.Tensor:
-        """The reduced gradient, float32 (P,); a copy."""
+        """Return a copy of the reduced gradient, float32 (P,)."""
         return self._flat(self.pieces())
 
     def scatter(self, vector_P: torch.Tensor) -> list[torch.Tensor]:
-        """Put a vector into the gradient buffer, in the places of this rank's shard.
+        """Write a vector to this rank's shard of the gradient buffer.
 
         Returns:
-            the buffer's parts of which every data-parallel rank now holds its own slice: when
-            they have been all-gathered, :meth:`whole_pieces` are the whole vector.
+            the parts of the buffer to all-gather over data-parallel ranks; after that
+            :meth:`whole_pieces` returns the whole vector.
         """
         first = 0
         for piece in self.pieces():
@@ -131,11 +134,11 @@ class OptimizerShards:
         ]
 
     def has_second_moment(self) -> bool:
-        """Whether Adam has taken a step with every parameter counted here."""
+        """Return whether Adam has taken a step with every parameter counted here."""
         return all(_step_and_state(shard)[0] > 0 for shard in self._shards)
 
     def second_moment(self) -> torch.Tensor:
-        """Adam's second moment, bias-corrected, float32 (P,).
+        """Return Adam's second moment, bias-corrected, float32 (P,).
 
         Raises:
             RuntimeError: the optimizer has not taken a step yet.
@@ -143,9 +146,9 @@ class OptimizerShards:
         return self._flat(_second_moment(shard) for shard in self._shards)
 
     def root_sum_and_count(self, second_moment_P: torch.Tensor) -> torch.Tensor:
-        """Σ √v̂ and the number of elements, without vocabulary padding, float64 (2,), on the device.
+        """Return Σ √v̂ and the number of elements without padding, float64 (2,), on the device.
 
-        Summed over ranks it gives the mean that damping is relative to.
+        Their sums over ranks give the mean to which damping is relative.
         """
         total = torch.zeros(2, dtype=torch.float64, device=self.device)
         first = 0
@@ -167,12 +170,12 @@ def _gradient(parameter: torch.nn.Parameter) -> torch.Tensor:
 
 
 class OptimizerSnapshot:
-    """Everything an optimizer step changes, as it is now, of this rank's shards alone.
+    """A copy of everything an optimizer step changes in this rank's shards.
 
-    Copies this rank's part of the parameters (in their own precision), the main parameters, the
+    It holds this rank's part of the parameters (in their own precision), the main parameters, the
     optimizer's state with its step counts, the parameter groups' learning rates and the like, and
-    the loss scale. Taking it needs no other rank; the parts of the parameters that other ranks
-    own are not in it, so after :meth:`restore` they must be gathered again.
+    the loss scale. Taking it needs no other rank. Parts of the parameters that other ranks own are
+    not in it, and must be gathered again after :meth:`restore`.
 
     Raises:
         TypeError: the optimizer is not megatron-core's distributed optimizer with Adam.
@@ -209,7 +212,7 @@ class _PartSnapshot:
         for place, saved in self._saved:
             place.copy_(saved)
         for parameter in list(inner.state):
-            if parameter not in self._states:  # its first step came after the snapshot
+            if parameter not in self._states:  # it had no step before the snapshot
                 del inner.state[parameter]
         for parameter, entries in self._states.items():
             _put_back(inner.state[parameter], entries)
@@ -232,14 +235,14 @@ def _put_back(values: dict[str, Any], entries: _Entries, but: str | None = None)
         del values[key]
     for key, (value, saved) in entries.items():
         if isinstance(value, torch.Tensor):
-            value.copy_(saved)  # in place: others may hold this very tensor
+            value.copy_(saved)  # in place, since other objects may refer to the tensor
             values[key] = value
         else:
             values[key] = copy.deepcopy(saved)
 
 
 def _owned(optimizer: DistributedOptimizer) -> Iterator[tuple[torch.nn.Parameter, Any]]:
-    """Each parameter of which this rank owns a part, and that part of it, flattened."""
+    """Yield each parameter of which this rank owns a part, with its range when flattened."""
     for buffer in optimizer.gbuf_ranges:
         for buckets in buffer.values():
             for bucket in buckets:
@@ -262,9 +265,10 @@ def _real_elements(
 
 
 def _step_and_state(shard: _Shard) -> tuple[int, dict[str, Any]]:
-    """Steps Adam has taken with this parameter, 0 while it holds no second moment, and its state.
+    """Return how many steps Adam has taken with this parameter, and its state.
 
-    torch keeps the step with each parameter, Apex and Transformer Engine with the group.
+    The steps are 0 while there is no second moment. torch keeps them with each parameter, Apex and
+    Transformer Engine with the group.
     """
     state = shard.optimizer._get_main_param_and_optimizer_states(shard.parameter)
     step = state["step"] if "step" in state else _group(shard).get("step", 0)
@@ -289,9 +293,9 @@ _LAYER = re.compile(r"(?P<layers>.*\blayers)\.(?P<index>\d+)$")
 
 
 def global_names(model: list[DistributedDataParallel]) -> dict[torch.nn.Parameter, str]:
-    """Return each parameter of this rank's chunks with its name in the whole model, on any layout.
+    """Return each parameter of this rank's chunks with its global name, the same on any layout.
 
-    As GPTModel names it, without the wrappers' ``module.``, and with layers counted over all
+    That is GPTModel's name, without the wrappers' ``module.``, and with layers counted over all
     pipeline stages from 0: ``decoder.layers.11.mlp.linear_fc1.weight``.
     """
     names = {}
@@ -310,7 +314,7 @@ def global_names(model: list[DistributedDataParallel]) -> dict[torch.nn.Paramete
 def check_selection(
     model: list[DistributedDataParallel], parameters: ParametersConfig, parallel: Parallel
 ) -> None:
-    """Refuse a selection that leaves nothing, and a pattern that matches nothing. Collective.
+    """Refuse a selection without parameters, and a pattern that matches none. Collective.
 
     Raises:
         InputError: on every rank, naming the pattern.

@@ -1,4 +1,4 @@
-"""A snapshot of training, taken before steps that must not count and restored after them."""
+"""A snapshot of training's state, taken before steps that are to be undone."""
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
@@ -11,12 +11,11 @@ from megatron_tikmix.megatron.step import zero_gradients
 
 
 class TrainingSnapshot:
-    """All that optimizer steps change: parameters, optimizer, schedule, random streams, modes.
+    """A copy of all that steps change: parameters, optimizer, scheduler, random streams, modes.
 
     Take it between two optimizer steps. Each rank copies only what it owns: with the distributed
     optimizer in bf16 that is 14 bytes for each parameter, divided by the data-parallel size. The
-    gradient buffers are not copied; they are left empty, as the next step begins by emptying
-    them.
+    gradient buffers are not copied: restoring empties them, as the next step does anyway.
     """
 
     def __init__(
@@ -38,18 +37,18 @@ class TrainingSnapshot:
 
     @torch.no_grad()
     def restore(self, seed: int | None = None) -> None:
-        """Put everything back, bit for bit, and leave the gradient buffers empty. Collective.
+        """Restore everything, bit for bit, and empty the gradient buffers. Collective.
 
-        May be called again, until :meth:`release`.
+        It can be called repeatedly, until :meth:`release`.
 
         Args:
-            seed: start the random streams anew from this instead of putting them back (see
+            seed: start the random streams anew from this instead of restoring them (see
                 :func:`~megatron_tikmix.megatron.rng.reseeded`).
         """
         if self._state is None:
             raise RuntimeError("the snapshot has been released")
         for chunk in self._model:
-            # Only a step that was broken off leaves a reduction under way.
+            # A step that was interrupted may have left a reduction running.
             for group in chunk.bucket_groups + chunk.expert_parallel_bucket_groups:
                 if group.grad_reduce_handle is not None:
                     group.grad_reduce_handle.wait()
@@ -57,7 +56,7 @@ class TrainingSnapshot:
         zero_gradients(self._model, self._optimizer)
         gathers_late = [chunk for chunk in self._model if chunk.ddp_config.overlap_param_gather]
         for chunk in gathers_late:
-            chunk.start_param_sync(force_sync=True)  # nothing may arrive after what comes now
+            chunk.start_param_sync(force_sync=True)  # a late gather would overwrite them
         self._state.restore()
         for chunk in self._model:
             chunk.start_param_sync(force_sync=True)

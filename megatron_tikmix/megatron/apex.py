@@ -1,6 +1,6 @@
-"""Whether the package `apex`, if there is one, is the one that megatron-core takes it for.
+"""Checks that an installed package `apex` is NVIDIA's, as megatron-core assumes.
 
-Imports nothing of megatron-core, which would import `apex`.
+This module does not import megatron-core, which would import `apex`.
 """
 
 import importlib.util
@@ -11,13 +11,13 @@ from megatron_tikmix.errors import InputError
 
 
 def check_apex() -> None:
-    """Refuse an `apex` that megatron-core could not use, before megatron-core imports it.
+    """Refuse an `apex` that megatron-core cannot use, before megatron-core imports it.
 
-    It takes any importable `apex` for NVIDIA's, and fails over it while the model is built, or at
-    once if it is PyPI's `apex`, an unrelated project of Python 2. Nothing is imported here.
+    megatron-core assumes that any importable `apex` is NVIDIA's, and otherwise fails while the
+    model is built, or at once with PyPI's `apex`, an unrelated project of Python 2.
 
     Raises:
-        InputError: says which package it is, and what to do.
+        InputError: names the package, and the remedy.
     """
     folders = _folders("apex")
     if folders is None:
@@ -37,7 +37,7 @@ def check_apex() -> None:
 
 
 def _folders(name: str) -> list[str] | None:
-    """Where a top-level package lies; empty for a plain module, None if there is none."""
+    """Return the folders of a top-level package; empty for a plain module, None if not found."""
     module = sys.modules.get(name)
     if module is not None:
         return list(getattr(module, "__path__", []))

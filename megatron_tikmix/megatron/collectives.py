@@ -1,4 +1,4 @@
-"""The few collectives of our own. Every rank of the group must call each of them."""
+"""This package's own collectives. Every rank of the group must call each of them."""
 
 import hashlib
 import re
@@ -21,29 +21,29 @@ def barrier(parallel: Parallel) -> None:
 
 
 def sum_over_ranks(values: torch.Tensor, parallel: Parallel) -> torch.Tensor:
-    """The sum of `values` (any shape) over all ranks, in float64 on the CPU."""
+    """Return the sum of `values` (any shape) over all ranks, in float64 on the CPU."""
     total = values.detach().to("cpu", torch.float64, copy=True)
     dist.all_reduce(total, group=parallel.cpu_group)
     return total
 
 
 def max_over_ranks(value: float, parallel: Parallel) -> float:
-    """The largest `value` of any rank."""
+    """Return the largest `value` of any rank."""
     largest = torch.tensor(value, dtype=torch.float64)
     dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=parallel.cpu_group)
     return largest.item()
 
 
 def gather_slices(buffer: torch.Tensor, group: dist.ProcessGroup) -> None:
-    """Complete `buffer`, flat, of which each rank of the group holds its own equal slice."""
+    """Fill the flat `buffer`, in which each rank of the group holds its own equal slice."""
     own_slice = buffer.chunk(group.size())[group.rank()]
     dist.all_gather_into_tensor(buffer, own_slice, group=group)
 
 
 def broadcast_integers(values: np.ndarray, parallel: Parallel) -> np.ndarray:
-    """Rank 0's int64 `values`, on every rank; the others pass an array of the same shape.
+    """Return rank 0's int64 `values` on every rank; the others pass an array of the same shape.
 
-    They wait for as long as decisions may take, `decision_timeout_minutes`.
+    They wait as long as a decision may take, `decision_timeout_minutes`.
     """
     tensor = torch.from_numpy(values.astype(np.int64))
     with _waiting_for_decision():
@@ -52,7 +52,7 @@ def broadcast_integers(values: np.ndarray, parallel: Parallel) -> np.ndarray:
 
 
 def broadcast_object(value: Any, parallel: Parallel) -> Any:
-    """Rank 0's `value`, on every rank, which wait as in :func:`broadcast_integers`."""
+    """Return rank 0's `value` on every rank; they wait as in :func:`broadcast_integers`."""
     box = [value]
     with _waiting_for_decision():
         dist.broadcast_object_list(box, src=0, group=parallel.decision_group)
@@ -71,7 +71,7 @@ def _waiting_for_decision() -> Iterator[None]:
 
 
 def agree_on_input(error: InputError | None, parallel: Parallel) -> None:
-    """Raise the first rank's input error on every rank, if any rank has one."""
+    """Raise the same input error on every rank, the first rank's, if any rank has one."""
     found: list[str | None] = [None] * parallel.world_size
     dist.all_gather_object(found, None if error is None else str(error), group=parallel.cpu_group)
     for message in found:
@@ -80,7 +80,7 @@ def agree_on_input(error: InputError | None, parallel: Parallel) -> None:
 
 
 def first_problem(problem: str | None, parallel: Parallel) -> str | None:
-    """The first rank's `problem`, with its rank, on every rank; None when no rank has one."""
+    """Return on every rank the first rank's `problem`, naming the rank; None if none has one."""
     if sum_over_ranks(torch.tensor([problem is not None]), parallel).item() == 0:
         return None
     found: list[str | None] = [None] * parallel.world_size
@@ -90,30 +90,30 @@ def first_problem(problem: str | None, parallel: Parallel) -> str | None:
 
 
 def gather_objects(value: Any, parallel: Parallel) -> list[Any]:
-    """Every rank's `value`, by rank, on every rank."""
+    """Return every rank's `value`, by rank, on every rank."""
     found: list[Any] = [None] * parallel.world_size
     dist.all_gather_object(found, value, group=parallel.cpu_group)
     return found
 
 
-# What gloo and NCCL say when other ranks do not come, or are gone.
+# Words in the errors of gloo and NCCL when other ranks are late or gone.
 _LEFT_ALONE = ("timed out", "timeout", "connection closed", "connection reset", "broken pipe")
 
 
 def left_alone(error: RuntimeError, place: str, parallel: Parallel) -> TrainingError | None:
-    """Return the error for a collective that failed because other ranks were missing, or None.
+    """Return an error that names the missing ranks if they made a collective fail, else None.
 
-    The ranks that still answer within 10 s are distinguished from those that do not.
+    A rank is missing if it does not answer within 10 s.
 
     Args:
-        place: what this rank was doing.
+        place: the activity of this rank, in words.
     """
     text = " ".join(str(error).split())
     if not any(words in text.lower() for words in _LEFT_ALONE):
         return None
     missing = "another rank"
     try:
-        # On a group that nothing was waiting in. Rank 0 learns who does not come.
+        # This group has no unfinished collective. Rank 0 learns which ranks are missing.
         dist.monitored_barrier(
             parallel.decision_group, timeout=timedelta(seconds=10), wait_all_ranks=True
         )
@@ -124,29 +124,29 @@ def left_alone(error: RuntimeError, place: str, parallel: Parallel) -> TrainingE
         elif not parallel.is_main:
             missing = "rank 0"
     return TrainingError(
-        f"rank {parallel.rank} waited in vain during {place}: {missing} is stuck or gone; see what "
+        f"rank {parallel.rank} got no answer during {place}: {missing} is stuck or gone; see what "
         f"it says, and start again to resume from the newest checkpoint ({text[:200]})"
     )
 
 
 class MeetingPoint:
-    """Lets a rank find out whether it is alone with an error. Making one is collective.
+    """Lets a rank find out whether it alone has failed. Making one is collective.
 
-    A group of its own: the collectives of the others wait for `timeout_minutes`, and a rank
-    cannot even exit while one of its collectives waits.
+    It needs a process group with a short timeout: in other groups collectives wait for
+    `timeout_minutes`, and a rank cannot even exit while one of its collectives waits.
 
     Args:
-        seconds: how long ranks wait for each other here.
+        seconds: how long ranks wait for each other.
     """
 
     def __init__(self, seconds: float) -> None:
         self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=seconds))
 
     def all_arrive(self) -> bool:
-        """Whether every rank calls this in time: the only call here that some may miss.
+        """Return whether every rank calls this in time. Unlike a collective, some may miss it.
 
-        After False the ranks are out of step. This one must end, and so make the launcher end
-        the others.
+        After False the ranks are out of step: this rank must exit, so that the launcher ends the
+        others.
         """
         try:
             dist.all_reduce(torch.zeros(1), group=self._group)
@@ -156,7 +156,10 @@ class MeetingPoint:
 
 
 def check_same_on_all_ranks(digest: str, what: str, parallel: Parallel) -> None:
-    """Stop the job if ranks hold different `what`, given a digest of it.
+    """Stop the job if `digest` differs between ranks.
+
+    Args:
+        what: the object of which it is the digest, for the message.
 
     Raises:
         TrainingError: on every rank, naming the ranks that differ from rank 0.

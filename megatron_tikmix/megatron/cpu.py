@@ -1,14 +1,14 @@
-"""Everything that lets megatron-core run without CUDA. Does nothing where CUDA is there.
+"""Lets megatron-core run without CUDA. Where there is CUDA, it does nothing.
 
-megatron-core writes the device into its sources: ``device='cuda'``,
+megatron-core hard-codes the device in its sources: ``device='cuda'``,
 ``torch.cuda.current_device()``, streams, tensor types compared with the string
 ``'torch.cuda.FloatTensor'``. :func:`install` puts an import hook in front of the import
 system that rewrites those expressions, and only those, as ``megatron.core`` modules are
-loaded. torch itself is left alone, line numbers stay true, and no file is written.
+loaded. torch itself is unchanged, line numbers stay correct, and no file is written.
 
 It must run before the first import of ``megatron.core``; ``megatron_tikmix`` calls it on
-import, and spawned children do with it. Whether CUDA is there is asked only then, so that
-``megatron_tikmix.solve`` can be used without torch.
+import, so spawned children do too. Whether there is CUDA is checked only when ``megatron.core``
+is imported, so that ``megatron_tikmix.solve`` can be used without torch.
 
 ====================================  =============================================
 in megatron-core                      becomes
@@ -43,7 +43,7 @@ _device = "cpu"  # what takes the place of CUDA
 
 
 class _Nothing:
-    """Takes the place of a stream, event or graph: every call does nothing."""
+    """A stand-in for a stream, event or graph: every call does nothing."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None: ...
 
@@ -59,10 +59,10 @@ class _Nothing:
 
 
 def _stand_in() -> types.ModuleType:
-    """A module with the part of ``torch.cuda`` that megatron-core uses, without CUDA.
+    """Make a module with the part of ``torch.cuda`` that megatron-core uses, without CUDA.
 
-    Names not listed here are those of ``torch.cuda``: enough for annotations and
-    exception classes; anything that really needs a GPU still fails by its own name.
+    Other names are those of ``torch.cuda`` itself, which suffices for annotations and exception
+    classes; calls that really need a GPU fail with torch's own error.
     """
     import torch
 
@@ -168,7 +168,7 @@ class _Finder(importlib.abc.MetaPathFinder):
 
 
 def _not_about_the_cpu_generator(record: logging.LogRecord) -> bool:
-    # On the CPU the tracked generator *is* the CPU generator, so this warning says nothing.
+    # On the CPU the tracked generator *is* the CPU generator, so this warning does not apply.
     return "CPU RNG state changed within GPU RNG context" not in record.getMessage()
 
 
@@ -180,7 +180,7 @@ def _cuda_is_there() -> bool:
 
 
 def install() -> None:
-    """Have megatron-core redirected to the CPU when it is imported. Idempotent.
+    """Redirect megatron-core to the CPU when it is imported. Idempotent.
 
     Raises:
         RuntimeError: there is no CUDA, and ``megatron.core`` has been imported already.

@@ -1,4 +1,4 @@
-"""Faults of megatron-core, and what is done about each: in one place, to be dropped once mended.
+"""Workarounds for faults of megatron-core, in one place, to be removed once the faults are fixed.
 
 =============================================  ====================================  ==========
 fault                                          here                                  seen in
@@ -7,7 +7,7 @@ torch's Adam under the distributed optimizer:  :func:`mend_torch_adam`,         
 not loaded into a fresh one, `step` missing,   :func:`unshare_steps`
 and one `step` shared by all parameters
 state of several buckets is saved shifted      :func:`mend_buckets`                  0.16 - 0.19
-an output is freed before its send is done     `config.model.settle_pipeline`        0.16
+an output is freed before it has been sent     `config.model.settle_pipeline`        0.16
 interleaved stages mix up their messages       `config.model.settle_pipeline`        0.16
 without Apex and Transformer Engine the norm   :func:`norm_on_the_device`            0.16 - 0.19
 of the gradient waits once a parameter
@@ -17,9 +17,9 @@ that imports torch, outlives a killed rank,    :func:`results_past_sigterm`
 and does not outlive SIGTERM
 =============================================  ====================================  ==========
 
-``tests/unit/megatron/test_faults.py`` and ``tests/distributed/test_pipeline_faults.py``
-show them, and fail when one is gone; but for the output that is freed, which is a matter of timing:
-losses were wrong in some runs and right in others.
+``tests/unit/megatron/test_faults.py`` and ``tests/distributed/test_pipeline_faults.py`` reproduce
+them, and fail when one is gone; except for the freed output, which depends on timing: losses were
+wrong in some runs and right in others.
 """
 
 import inspect
@@ -46,11 +46,11 @@ _TORCH_ADAM = (torch.optim.Adam, torch.optim.AdamW)
 
 @contextmanager
 def results_without_a_process() -> Iterator[None]:
-    """Let a save that runs in this process keep its results here; around `dist_checkpointing.save`.
+    """Keep the results of a save in the foreground in this process; wrap `dist_checkpointing.save`.
 
-    megatron-core sends them through the server process of a multiprocessing manager, which a save
-    in the background does need. It is spawned, so it imports torch anew, for seconds, and it stays
-    behind for good when its rank is killed.
+    megatron-core sends them through the server process of a multiprocessing manager, which only a
+    save in the background needs. It is spawned, so it takes seconds to import torch again, and it
+    is never ended when its rank is killed.
     """
     former = vars(filesystem_async).get("_results_queue")
     setattr(filesystem_async, "_results_queue", queue.Queue())  # noqa: B010
@@ -62,13 +62,13 @@ def results_without_a_process() -> Iterator[None]:
 
 @contextmanager
 def results_past_sigterm() -> Iterator[None]:
-    """Let a save in the background keep its results when SIGTERM reaches all processes of a job;
-    around `dist_checkpointing.save`.
+    """Keep the results of a save in the background when all processes of a job get SIGTERM; wrap
+    `dist_checkpointing.save`.
 
-    A run that is told to end still waits for such a save. The process that holds its results is
-    started by the first one, and takes over which signals are blocked.
+    A run that ends on a signal still waits for such a save. The process that holds the results is
+    started by the first save, and inherits the set of blocked signals.
     """
-    resource_tracker.ensure_running()  # started with that process, it would unblock the signal
+    resource_tracker.ensure_running()  # if started with that process, it would unblock SIGTERM
     former = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
     try:
         yield
@@ -94,13 +94,13 @@ def _l2_norm(
 
 
 def mend_torch_adam(optimizer: MegatronOptimizer) -> None:
-    """Make checkpoints of the distributed optimizer work over plain torch Adam.
+    """Make the distributed optimizer's checkpoints work with plain torch Adam.
 
-    Without Apex and Transformer Engine megatron-core falls back on torch's AdamW, whose state
-    holds a `step` for each parameter. megatron-core 0.16 to 0.19 then fails to load into a
-    fresh optimizer (there is no state yet), misses the key `step`, and shares one step tensor
-    between all parameters, so that it would advance once per parameter after a resume. Call
-    this before loading; :func:`unshare_steps` after.
+    Without Apex and Transformer Engine megatron-core uses torch's AdamW, whose state holds a `step`
+    for each parameter. megatron-core 0.16 to 0.19 then fails to load into a new optimizer (there is
+    no state yet), misses the key `step`, and shares one step tensor between all parameters, so that
+    it would advance once for each parameter after a resume. Call this before loading, and
+    :func:`unshare_steps` after it.
     """
     for part in _parts(optimizer):
         if not isinstance(part.optimizer, _TORCH_ADAM):
@@ -128,13 +128,14 @@ def unshare_steps(optimizer: MegatronOptimizer) -> None:
 
 
 def mend_buckets(optimizer: MegatronOptimizer) -> None:
-    """Make checkpoints of the distributed optimizer right when a buffer has several buckets.
+    """Make the distributed optimizer's checkpoints correct when a buffer has several buckets.
 
-    `fully_reshardable` cuts each parameter's state out of one tensor a buffer. megatron-core 0.16
-    makes that tensor without the padding between buckets, and cuts it at places that count the
-    padding: all parameters behind the first padded bucket are saved shifted, without a word, and
-    a resumed run goes on with wrong weights. Buckets are several with `ddp.overlap_grad_reduce`,
-    with tied embeddings on pipeline stages, and with interleaved stages. Call this before saving.
+    `fully_reshardable` cuts each parameter's state out of one tensor for each buffer. megatron-core
+    0.16 makes that tensor without the padding between buckets, but cuts it at offsets that include
+    the padding: all parameters behind the first padded bucket are silently saved shifted, and a
+    resumed run continues with wrong weights. There are several buckets with
+    `ddp.overlap_grad_reduce`, with tied embeddings on pipeline stages, and with interleaved stages.
+    Call this before saving.
     """
     for part in _parts(optimizer):
         part.get_parameter_state_dp_zero = MethodType(_state_with_padding, part)
@@ -151,7 +152,7 @@ def _state_with_padding(self: DistributedOptimizer, **options: Any) -> Any:
 
 
 def _padded(packed: torch.Tensor, buffer: Any) -> torch.Tensor:
-    """Return one value for each place of the buffer, from those of all buckets without padding."""
+    """Return the buffer's values with padding between buckets, from those without."""
     whole = packed.new_zeros(buffer.numel)
     parts = packed.split([bucket.numel_unpadded for bucket in buffer.buckets])
     for bucket, part in zip(buffer.buckets, parts, strict=True):
@@ -165,10 +166,10 @@ def _parts(optimizer: MegatronOptimizer) -> list[DistributedOptimizer]:
 
 
 def writes_of_one_rank() -> list[tuple[Any, str]]:
-    """Return the functions that write files of a checkpoint on rank 0 alone: (owner, name) of each.
+    """Return (owner, name) of each function that writes files of a checkpoint on rank 0 alone.
 
-    0.16 writes what is no tensor into `common.pt` by a strategy; later versions write it with the
-    tensors, on every rank.
+    0.16 writes objects that are no tensors to `common.pt` by a strategy; later versions write them
+    with the tensors, on every rank.
     """
     places: list[tuple[Any, str]] = [
         (FileSystemWriterAsync, "finish"),
@@ -181,9 +182,9 @@ def writes_of_one_rank() -> list[tuple[Any, str]]:
 
 
 def options_of_an_asynchronous_save() -> dict[str, Any]:
-    """Return arguments with which `dist_checkpointing.save` takes megatron-core's own writer.
+    """Return arguments that make `dist_checkpointing.save` use megatron-core's own writer.
 
-    From 0.17 on it would take that of nvidia-resiliency-ext, which need not be installed.
+    The default since 0.17 is that of nvidia-resiliency-ext, which may not be installed.
     """
     parameters = inspect.signature(dist_checkpointing.save).parameters
     return {"async_strategy": "mcore"} if "async_strategy" in parameters else {}

@@ -1,4 +1,4 @@
-"""Process groups: torch.distributed and megatron-core's, made once and handed on."""
+"""Process groups: those of torch.distributed and megatron-core, made once and passed on."""
 
 import os
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ DECISION_TIMEOUT_MINUTES = 240.0
 
 @dataclass(frozen=True)
 class Parallel:
-    """This rank's place in the job, and the groups it talks through."""
+    """This rank's place in the job, and its process groups."""
 
     rank: int
     world_size: int
@@ -26,10 +26,10 @@ class Parallel:
     groups: ProcessGroupCollection
     """megatron-core's groups: tp, pp, dp, mp, ..."""
     cpu_group: dist.ProcessGroup
-    """All ranks, over gloo: sums and comparisons, whatever the accelerators are doing."""
+    """All ranks, over gloo: for sums and comparisons that do not wait for the accelerators."""
     decision_group: dist.ProcessGroup
-    """All ranks, over gloo, with a timeout of its own: decisions travel here, for which the
-    other ranks wait as long as the main rank solves."""
+    """All ranks, over gloo, with a timeout of its own: for broadcasting decisions, for which the
+    other ranks wait while the main rank solves."""
 
     @classmethod
     def from_megatron(
@@ -39,12 +39,12 @@ class Parallel:
         timeout_minutes: float = TIMEOUT_MINUTES,
         decision_timeout_minutes: float = DECISION_TIMEOUT_MINUTES,
     ) -> "Parallel":
-        """Take the process groups that a Megatron loop has made already. Collective.
+        """Return a Parallel with the process groups that a Megatron loop has made. Collective.
 
         Args:
-            groups: megatron-core's; None: those of its `parallel_state`.
-            timeout_minutes, decision_timeout_minutes: of the two gloo groups made here, as in
-                :class:`~megatron_tikmix.config.RunConfig`.
+            groups: megatron-core's groups; None: those of its `parallel_state`.
+            timeout_minutes, decision_timeout_minutes: timeouts of the two gloo groups made here,
+                as in :class:`~megatron_tikmix.config.RunConfig`.
 
         Raises:
             InputError: `parallel_state` has not been initialised.
@@ -80,7 +80,7 @@ class Parallel:
 
     @property
     def reports_loss(self) -> bool:
-        """True on exactly one rank of each model replica: it has the loss, and counts it."""
+        """True on exactly one rank of each model replica, which has the loss and counts it."""
         return self.groups.pp.rank() == self.groups.pp.size() - 1 and self.groups.tp.rank() == 0
 
 
@@ -90,9 +90,9 @@ def initialize(
     timeout_minutes: float,
     decision_timeout_minutes: float = DECISION_TIMEOUT_MINUTES,
 ) -> Parallel:
-    """Join the job that torchrun started (or be a job of one) and lay out its ranks.
+    """Join the job that torchrun started (or be a job of one rank), and make its process groups.
 
-    The layout itself was checked by :meth:`RunConfig.check`.
+    The layout must have been checked by :meth:`RunConfig.check`.
     """
     _, local_rank, _ = launched_world()
     on_gpu = torch.cuda.is_available()
@@ -102,7 +102,7 @@ def initialize(
         os.environ.setdefault(name, value)
     os.environ.setdefault("MASTER_PORT", "0")  # a job of one: any free port
     timeout = timedelta(minutes=timeout_minutes)
-    # When torchrun restarts a job, its store still has the addresses of the ranks that are gone.
+    # When torchrun restarts a job, its store still has the addresses of the former ranks.
     store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     dist.init_process_group(
@@ -130,6 +130,6 @@ def _gloo_group(timeout_minutes: float) -> dist.ProcessGroup:
 
 
 def shut_down() -> None:
-    """Leave the job."""
+    """Destroy the process groups."""
     parallel_state.destroy_model_parallel()
     dist.destroy_process_group()

@@ -44,7 +44,7 @@ def padded_vocab_size(vocab_size: int, config: GPTConfig) -> int:
 
 
 def layer_spec(config: GPTConfig) -> ModuleSpec:
-    """The transformer layer that `config` asks for.
+    """Return the spec of the transformer layer that `config` asks for.
 
     Raises:
         InputError: Transformer Engine is asked for, and not installed.
@@ -71,7 +71,7 @@ def layer_spec(config: GPTConfig) -> ModuleSpec:
 def block_spec(
     config: GPTConfig, groups: ProcessGroupCollection, vp_stage: int | None
 ) -> TransformerBlockSubmodules:
-    """The layers of one pipeline stage, and the norm after the last."""
+    """Return the spec of one pipeline stage: its layers, and the norm after the last."""
     layers = get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=groups.pp.rank())
     return TransformerBlockSubmodules(
         layer_specs=[layer_spec(config)] * layers, layer_norm=with_torch_norm(LayerNormImpl)
@@ -87,7 +87,7 @@ def build_model(
     seed: int,
     parallel: Parallel,
 ) -> list[DistributedDataParallel]:
-    """This rank's model chunks, one, or one per virtual pipeline stage."""
+    """Build this rank's model chunks: one, or one per virtual pipeline stage."""
     groups = parallel.groups
     stages = config.virtual_pipeline_model_parallel_size
     chunks = []
@@ -176,7 +176,7 @@ class TorchNorm:
     megatron-core sum them.
 
     Raises:
-        InputError: `config` asks for a norm, or a trait of one, that torch has not.
+        InputError: `config` asks for a norm, or a property of one, that torch does not have.
     """
 
     def __new__(  # type: ignore[misc]

@@ -14,7 +14,7 @@ from megatron_tikmix.megatron.groups import Parallel
 def build_optimizer(
     config: RunConfig, model: list[DistributedDataParallel], parallel: Parallel
 ) -> MegatronOptimizer:
-    """The distributed optimizer over all model chunks."""
+    """Return the distributed optimizer over all model chunks."""
     norm_on_the_device()
     return get_megatron_optimizer(
         config.optimizer, model, use_gloo_process_groups=False, pg_collection=parallel.groups
@@ -22,7 +22,7 @@ def build_optimizer(
 
 
 def build_scheduler(config: RunConfig, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:
-    """Learning-rate and weight-decay schedule, counted in samples as in Megatron."""
+    """Return the learning-rate and weight-decay schedule, counted in samples as in Megatron."""
     schedule, samples = config.scheduler, config.train.consumed_samples
     decay_iters = schedule.lr_decay_iters or config.train.train_iters
     decay_samples = samples(decay_iters)
@@ -41,17 +41,17 @@ def build_scheduler(config: RunConfig, optimizer: MegatronOptimizer) -> Optimize
         wd_incr_style="constant",
         wsd_decay_steps=decay_samples - samples(decay_iters - (schedule.lr_wsd_decay_iters or 0)),
         lr_wsd_decay_style="exponential",
-        # A resumed run follows its configuration, not what the checkpoint remembers of it.
+        # A resumed run follows its configuration, not the schedule stored in the checkpoint.
         use_checkpoint_opt_param_scheduler=False,
         override_opt_param_scheduler=True,
     )
 
 
 def distributed_optimizers(optimizer: MegatronOptimizer) -> list[DistributedOptimizer]:
-    """The distributed optimizers inside `optimizer`.
+    """Return the distributed optimizers inside `optimizer`.
 
     Raises:
-        TypeError: it is made of anything else.
+        TypeError: it contains anything else.
     """
     parts = optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]
     for part in parts:

@@ -10,7 +10,7 @@ from megatron_tikmix.seeds import derived_seed
 
 
 def rng_state() -> dict[str, Any]:
-    """Copies of the states of all streams, for :func:`set_rng_state`."""
+    """Return copies of the states of all streams, for :func:`set_rng_state`."""
     tracked = tensor_parallel.get_cuda_rng_tracker().get_states()
     state = {
         "cpu": torch.get_rng_state(),
@@ -22,7 +22,7 @@ def rng_state() -> dict[str, Any]:
 
 
 def set_rng_state(state: dict[str, Any]) -> None:
-    """Set all streams to `state`, which may be used again."""
+    """Set all streams to `state`, which stays unchanged."""
     torch.set_rng_state(state["cpu"])
     tensor_parallel.get_cuda_rng_tracker().set_states(
         {name: _copy(stream) for name, stream in state["tracker"].items()}
@@ -32,10 +32,10 @@ def set_rng_state(state: dict[str, Any]) -> None:
 
 
 def reseeded(state: dict[str, Any], seed: int) -> dict[str, Any]:
-    """Return states of streams that start anew from `seed` and from where they stood.
+    """Return new states of all streams, derived from `seed` and the old states.
 
-    Ranks whose streams were the same (data-parallel replicas, say) get the same ones again, and
-    ranks whose streams differed get different ones, whatever the layout.
+    Streams that were equal on several ranks (data-parallel replicas, say) stay equal, and those
+    that differed stay different, whatever the layout.
     """
     result = {"cpu": _fresh(state["cpu"], seed, "cpu"), "tracker": {}}
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -47,7 +47,7 @@ def reseeded(state: dict[str, Any], seed: int) -> dict[str, Any]:
 
 
 def _fresh(stream: Any, seed: int, device: str) -> Any:
-    if isinstance(stream, torch.Generator):  # as CUDA graphs want it
+    if isinstance(stream, torch.Generator):  # tracked so for CUDA graphs
         return _copy(stream).manual_seed(_seed(stream.get_state(), seed))
     return torch.Generator(device).manual_seed(_seed(stream, seed)).get_state()
 

@@ -1,4 +1,4 @@
-"""What one training sample is, and how samples become a micro-batch."""
+"""The type of a training sample, and how samples become a micro-batch."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ the same with a leading dimension, micro_batch_size."""
 
 
 def stack(samples: Sequence[Sample]) -> Sample:
-    """A micro-batch: each tensor (micro_batch_size, sequence_length)."""
+    """Stack samples to a micro-batch of tensors (micro_batch_size, sequence_length)."""
     return {key: torch.stack([sample[key] for sample in samples]) for key in samples[0]}
 
 
@@ -20,9 +20,9 @@ def stack(samples: Sequence[Sample]) -> Sample:
 class DocumentBoundaries:
     """The effect of the end-of-document tokens inside a sample; none by default.
 
-    The three switches are those of megatron-core's GPTDatasetConfig, and do what they do there.
-    They are applied to a micro-batch on its device: a dataset would have to hand masks of
-    sequence_length² through worker processes.
+    The three switches have the names and effects of those in megatron-core's GPTDatasetConfig.
+    They are applied to a micro-batch on its device: a dataset would have to pass masks of
+    sequence_length² elements through worker processes.
     """
 
     eod: int
@@ -37,7 +37,7 @@ class DocumentBoundaries:
         where attention is cut off.
         """
         tokens = batch["tokens"]
-        ends = tokens == self.eod  # such a token still belongs to the document that it ends
+        ends = tokens == self.eod  # the token itself belongs to the document that it ends
         places = torch.arange(tokens.shape[1], device=tokens.device)
         changed = dict(batch)
         if self.reset_attention_mask:

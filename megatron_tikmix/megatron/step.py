@@ -19,7 +19,7 @@ from megatron_tikmix.megatron.groups import Parallel
 from megatron_tikmix.megatron.samples import DocumentBoundaries, Sample
 
 LossSums = list[dict[str, torch.Tensor]]
-"""What the schedule returns: one dict of a micro-batch, on the last pipeline stage only."""
+"""The schedule's results: one dict for each micro-batch, on the last pipeline stage only."""
 
 
 def forward_step(
@@ -27,10 +27,10 @@ def forward_step(
     model: torch.nn.Module,
     boundaries: DocumentBoundaries | None = None,
 ) -> tuple[torch.Tensor, Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, dict]]]:
-    """megatron-core's `forward_step_func`: the model's output, and the function of its loss.
+    """Return the model's output and its loss function, as megatron-core's `forward_step_func`.
 
     Args:
-        boundaries: what documents in one sample are to each other; bind it before.
+        boundaries: the effect of document boundaries inside a sample; bind it beforehand.
     """
     device = next(model.parameters()).device
     batch = {k: v.to(device, non_blocking=True) for k, v in next(data_iterator).items()}
@@ -44,14 +44,14 @@ def forward_step(
 def loss_sums(
     loss_mask: torch.Tensor, domain: torch.Tensor | None, losses: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-    """Summed loss and unmasked tokens of a micro-batch, as megatron-core wants them.
+    """Return a micro-batch's summed loss and unmasked tokens, as megatron-core expects them.
 
     Sums, not means: megatron-core divides by the tokens of the whole global batch
-    (`calculate_per_token_loss`), so that every token weighs the same however ragged the rows.
+    (`calculate_per_token_loss`), so that all tokens have the same weight, whatever the masks.
 
     Args:
         loss_mask: 1 where a token counts, float (micro_batch_size, sequence_length).
-        domain: each row's domain, int64 (micro_batch_size,); None when nobody asks.
+        domain: each row's domain, int64 (micro_batch_size,); None where it is not needed.
         losses: nats per token, (micro_batch_size, sequence_length).
     """
     losses = losses.float() * loss_mask
@@ -81,7 +81,7 @@ class ForwardBackward:
 
     @property
     def microbatch_multiple(self) -> int:
-        """What the number of micro-batches of a pass must be a multiple of."""
+        """The number of which the micro-batches of a pass must be a multiple."""
         return self.parallel.groups.pp.size() if len(self.model) > 1 else 1
 
     def __call__(
@@ -91,12 +91,12 @@ class ForwardBackward:
         *,
         forward_only: bool = False,
     ) -> LossSums:
-        """Forward, and unless `forward_only` backward and the reduction of gradients.
+        """Run forward and, unless `forward_only`, backward passes, and reduce the gradients.
 
         Afterwards each parameter's `main_grad` holds this rank's shard of the mean gradient
         per unmasked token, over all micro-batches and data-parallel ranks.
         """
-        # An interleaved schedule reads each chunk's inputs on its own.
+        # An interleaved schedule reads the inputs once for each chunk.
         chunks = len(self.model)
         if chunks > 1:
             batches = list(itertools.islice(micro_batches, num_microbatches))
@@ -116,7 +116,7 @@ class ForwardBackward:
 
 
 def connect(model: list[DistributedDataParallel], optimizer: MegatronOptimizer) -> None:
-    """Tell megatron-core's schedule how to finish gradients (the hooks its config holds)."""
+    """Set the hooks by which megatron-core's schedule scales, syncs and reduces gradients."""
     config = model[0].config
     config.finalize_model_grads_func = finalize_model_grads
     config.grad_scale_func = optimizer.scale_loss
@@ -130,17 +130,17 @@ def connect(model: list[DistributedDataParallel], optimizer: MegatronOptimizer) 
 
 @contextmanager
 def summed_gradients(model: list[DistributedDataParallel], *, reduced: bool) -> Iterator[None]:
-    """Let a pass leave gradients summed over tokens, where training takes their mean.
+    """Let a pass sum gradients over tokens, where training takes their mean.
 
-    Enter it after the gradient buffers were emptied. Gradients that are not finite are the
-    caller's business: megatron-core does not end the job over them here. However training itself
-    weighs tokens, here each counts the same.
+    Enter it after emptying the gradient buffers. All tokens have the same weight, whatever their
+    weight in training. The caller must check that gradients are finite: megatron-core's own checks,
+    which would end the job, are off.
 
     Args:
         reduced: sum over data-parallel ranks too, into this rank's shard, as in training. False:
-            each data-parallel rank is left with the whole gradient of its own micro-batches,
-            and they exchange nothing; what tensor- and pipeline-parallel ranks owe each other
-            (norms under sequence parallelism, tied embeddings) is done all the same.
+            each data-parallel rank keeps the whole gradient of its own micro-batches. Reductions
+            over tensor- and pipeline-parallel ranks (norms under sequence parallelism, tied
+            embeddings) are always made.
     """
     config = model[0].config
     with ExitStack() as stack:
@@ -166,8 +166,8 @@ def _finalize_sums(
 def _for_sums(chunk: DistributedDataParallel) -> Iterator[tuple[Any, dict[str, Any]]]:
     """Yield objects of a chunk with the attributes that they need while gradients are summed.
 
-    Loops that are not ours may take means: over tokens of a micro-batch and micro-batches in the
-    schedule (without `calculate_per_token_loss`), over ranks in the gradient buckets.
+    Foreign loops may take means: over tokens and micro-batches in the schedule (without
+    `calculate_per_token_loss`), and over ranks in the gradient buckets.
     """
     yield chunk.config, {"calculate_per_token_loss": True}
     off = ("check_for_nan_in_grad", "check_for_large_grads", "average_in_collective")
@@ -196,10 +196,10 @@ def _nothing(**arguments: Any) -> None: ...
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one optimizer step reports.
+    """The results of one optimizer step.
 
     Attributes:
-        loss_sums: empty off the last pipeline stage.
+        loss_sums: empty except on the last pipeline stage.
         grad_norm: of the mean gradient, before clipping; NaN if the gradient was not finite.
         skipped: whether nothing was updated.
         said: the largest of what each rank said, for each number of `say`.
@@ -228,9 +228,9 @@ def train_step(
     global_batch_size: int,
     say: Callable[[], Sequence[int]] = tuple,
 ) -> StepResult:
-    """Gradients of one global batch, one optimizer step, one step of the schedule. Collective.
+    """Train on one global batch: gradients, optimizer step, learning-rate step. Collective.
 
-    If a gradient is not finite on any rank, nothing is updated on any.
+    If a gradient is not finite on any rank, no rank updates anything.
 
     The host waits for the device where megatron-core does, for the norm of the gradient, and
     nowhere else: what ranks tell each other travels on the device before that.
@@ -357,7 +357,7 @@ def gathered_parameters(model: list[DistributedDataParallel]) -> Iterator[None]:
 def evaluation_mode(model: list[DistributedDataParallel]) -> Iterator[None]:
     """Switch dropout off and gather parameters; restore every module's mode at the end.
 
-    Draws no random number, so training goes on as if nothing had happened.
+    No random numbers are drawn, so training continues unaffected.
     """
     with gathered_parameters(model):
         modes = [(module, module.training) for chunk in model for module in chunk.modules()]
@@ -371,9 +371,10 @@ def evaluation_mode(model: list[DistributedDataParallel]) -> Iterator[None]:
 
 
 def loss_and_tokens(sums: LossSums, parallel: Parallel) -> torch.Tensor:
-    """Summed loss and unmasked tokens of this rank's micro-batches, float64 (2,), on the device.
+    """Return the summed loss and unmasked tokens of this rank's micro-batches.
 
-    Zero on all but one rank of each model replica, so a sum over ranks counts once.
+    The result is float64 (2,), on the device. It is 0 except on one rank of each model replica, so
+    that a sum over ranks counts each once.
     """
     total = torch.zeros(2, dtype=torch.float64, device=parallel.device)
     for rows in sums if parallel.reports_loss else ():

@@ -1,4 +1,4 @@
-"""BatchSizes: how many samples each global batch has, from the first iteration on."""
+"""BatchSizes: the number of samples in each global batch of a run."""
 
 from collections.abc import Sequence
 from functools import cached_property
@@ -11,11 +11,11 @@ from megatron_tikmix.errors import InputError
 
 
 class BatchSizes:
-    """The sizes of consecutive global batches: steps, each of whole batches of one size.
+    """The sizes of consecutive global batches, in steps of batches of one size.
 
     Args:
         steps: (first sample, batch size) of each step; the first one begins at sample 0, the
-            last one never ends.
+            last one has no end.
 
     Raises:
         InputError: a size is not positive, or a step does not begin where a batch ends.
@@ -39,12 +39,12 @@ class BatchSizes:
 
     @classmethod
     def constant(cls, size: int) -> "BatchSizes":
-        """Every batch has `size` samples."""
+        """Return sizes that are all `size`."""
         return cls([(0, size)])
 
     @classmethod
     def ramp_up(cls, start: int, increment: int, samples: int, size: int) -> "BatchSizes":
-        """Megatron's `rampup_batch_size`: from `start` by `increment` to `size` over `samples`.
+        """Return Megatron's `rampup_batch_size`: from `start` by `increment` to `size`.
 
         A batch has start + increment · ⌊consumed / (samples / increments)⌋ samples, and `size`
         once more than `samples` are consumed.
@@ -58,7 +58,7 @@ class BatchSizes:
                 f"of {size}: give a start below that, a positive increment that divides the "
                 f"difference, and the samples it takes"
             )
-        # In floating point, as megatron-core's calculator does it.
+        # In floating point, like megatron-core's calculator.
         per_increment = samples / ((size - start) // increment)
         steps, consumed, current = [(0, start)], 0, start
         while current < size:
@@ -75,22 +75,22 @@ class BatchSizes:
 
     @property
     def size(self) -> int:
-        """The size of the last step."""
+        """The batch size of the last step."""
         return self.steps[-1][1]
 
     @property
     def is_constant(self) -> bool:
-        """Whether there is one step only."""
+        """True if all batches have the same size."""
         return len(self.steps) == 1
 
     @cached_property
     def _arrays(self) -> NDArray[np.int64]:
-        """First sample, size and first batch's number of each step, int64 (3, steps)."""
+        """The first sample, size and number of the first batch of each step, int64 (3, steps)."""
         starts, sizes = zip(*self.steps, strict=True)
         return np.array([starts, sizes, self._firsts], dtype=np.int64)
 
     def samples_before(self, batches: ArrayLike) -> Any:
-        """Samples of so many batches from the first on; int64, of the argument's shape."""
+        """Return the number of samples in the first `batches` batches; int64, of the same shape."""
         if self.is_constant:
             return batches * self.steps[0][1]  # type: ignore[operator]
         starts, sizes, firsts = self._arrays
@@ -98,7 +98,7 @@ class BatchSizes:
         return starts[step] + (batches - firsts[step]) * sizes[step]
 
     def batch_of(self, samples: ArrayLike) -> Any:
-        """The number of the batch in which each sample lies; int64, of the argument's shape."""
+        """Return the number of the batch that contains each sample; int64, of the same shape."""
         if self.is_constant:
             return samples // self.steps[0][1]  # type: ignore[operator]
         starts, sizes, firsts = self._arrays
@@ -106,28 +106,28 @@ class BatchSizes:
         return firsts[step] + (samples - starts[step]) // sizes[step]
 
     def size_at(self, sample: int) -> int:
-        """The size of the batch in which a sample lies."""
+        """Return the size of the batch that contains a sample."""
         return next(size for start, size in reversed(self.steps) if start <= sample)
 
     def is_end(self, samples: int) -> bool:
-        """Whether a batch ends after so many samples."""
+        """Return whether a batch ends after the first `samples` samples."""
         return samples >= 0 and int(self.samples_before(self.batch_of(samples))) == samples
 
     def end_from(self, samples: int) -> int:
-        """The first end of a batch after `samples` samples or more."""
+        """Return the first end of a batch at `samples` or later."""
         if self.is_end(samples):
             return samples
         return int(self.samples_before(self.batch_of(samples) + 1))
 
     def after(self, samples: int) -> "BatchSizes":
-        """The sizes from the end of a batch on, counted from there."""
+        """Return the sizes from the end of a batch at `samples` on, counted from there."""
         if self.is_constant:
             return self
         steps = [(max(start - samples, 0), size) for start, size in self.steps]
         return BatchSizes(steps[sum(start <= samples for start, _ in self.steps) - 1 :])
 
     def to_json(self) -> list[list[int]]:
-        """The steps as plain values."""
+        """Return the steps as plain values."""
         return [list(step) for step in self.steps]
 
     def __eq__(self, other: object) -> bool:

@@ -1,18 +1,19 @@
 """Blending: integer weights -> interleaved domains, in blocks, without an index.
 
-The samples of a stage are cut in blocks, the global batches. After n samples, n at the end of a
-block, each domain has had ⌊n·w_j⌋ or ⌈n·w_j⌉ of them. Which of the two: in every block each domain
-first gets what brings it to the floor, and the places left go to the domains whose next sample must
-be out soonest. This is earliest-deadline-first scheduling of unit jobs: the k-th sample of domain j
-may go out in the first block with n·w_j > k − 1 and must be out after the first one with n·w_j ≥ k.
-Spreading every domain evenly is a fractional schedule, so a whole one exists, and earliest
-deadline first finds it: the floors never need more places than a block has. (Serving the largest
-deficits first fails: it can leave more domains at their limit than a block has places.)
+The samples of a stage are divided into blocks, the global batches. After n samples, n at the end of
+a block, ⌊n·w_j⌋ or ⌈n·w_j⌉ of them are of domain j. In every block each domain first gets the
+samples that bring it to the floor, and the remaining places go to the domains whose next sample has
+the earliest deadline. This is earliest-deadline-first scheduling of unit jobs: the k-th sample of
+domain j may be drawn from the first block with n·w_j > k − 1 on, and must be drawn by the end of
+the first one with n·w_j ≥ k. Spreading every domain evenly is a fractional schedule, so one in
+whole samples exists, and earliest deadline first finds it: the floors never need more places than a
+block has. (Serving the largest deficits first fails: it can leave more domains at their limit than
+a block has places.)
 
-Blocks depend on the one before only through samples that went out before the next block needs
-them. Without such samples the counts after a block follow from its number alone, so runs of blocks
-are passed over at once: a domain that is due in every block (n·w_j rises by 1 or more) is never
-early, and the places left after the floors go to the largest remainders.
+A block depends on the one before only through early samples, drawn before the next block needs
+them. Without early samples the counts after a block depend on its number alone, so runs of blocks
+can be skipped: a domain that is due in every block (n·w_j rises by 1 or more) is never early, and
+the places that the floors leave go to the largest remainders.
 
 All arithmetic is exact, on int64.
 """
@@ -31,7 +32,7 @@ Counts = NDArray[np.int64]
 _WEIGHT_BITS = WEIGHT_TOTAL.bit_length() - 1
 _MOST_SAMPLES = 2**63 // WEIGHT_TOTAL - 1  # so that samples × weights fits an int64
 _CHECKPOINTS = 32
-_AT_ONCE = 2**16  # blocks × domains that are passed over at once
+_AT_ONCE = 2**16  # blocks × domains that are skipped at once
 _WORTHWHILE = 8  # blocks; fewer are faster one by one
 
 
@@ -42,19 +43,19 @@ class Block(NamedTuple):
     """Domain index of each sample."""
 
     k_N: NDArray[np.int64]
-    """How many earlier samples of this stage went to that domain."""
+    """The number of earlier samples of this stage from the same domain."""
 
 
 class StageBlend:
     """The order of the domains within a stage: a pure function of weights, block size, seed, stage.
 
-    Random access: counts are kept for at most 32 blocks, evenly spread over those visited, and
-    the rest is computed from the nearest one before; memory is O(D + N).
+    It allows random access: counts are kept for at most 32 blocks, evenly spread over those
+    visited, and others are computed from the nearest one before; memory is O(D + N).
 
     Args:
         integer_weights: int (D,), zero or more, sum 2³⁰ (``Mixture.integer_weights``).
-        block_size: samples of a block, or those of each block from the stage's first on; N.
-        seed: of the order within the blocks, 0 to 2⁶⁴ − 1.
+        block_size: N, samples of a block: one number, or the sizes of the stage's blocks.
+        seed: fixes the order within the blocks, 0 to 2⁶⁴ − 1.
         stage: index of the stage; every stage has an order of its own.
 
     Raises:
@@ -91,7 +92,7 @@ class StageBlend:
         self._most = self._reach = max(_AT_ONCE // len(self._weights_D), 1)  # blocks at once
 
     def locate(self, index: int) -> tuple[int, int]:
-        """Sample `index` of the stage: its domain, and how many earlier ones went to that domain.
+        """Return the domain of sample `index`, and the number of earlier samples from it.
 
         Raises:
             IndexError: `index` is negative, or beyond the 2³³ − 1 samples a stage can hold.
@@ -102,9 +103,9 @@ class StageBlend:
         return int(block.domains_N[place]), int(block.k_N[place])
 
     def locate_many(self, index_N: NDArray[np.int64]) -> Block:
-        """:meth:`locate` of many samples, in any order; int64 (N,) each.
+        """Do :meth:`locate` for many samples, in any order; return int64 (N,) each.
 
-        The cost is that of the blocks they lie in, each made once.
+        The cost is that of the blocks that contain them, each computed once.
         """
         if not len(index_N):
             return Block(index_N, index_N)
@@ -125,7 +126,7 @@ class StageBlend:
         return found
 
     def counts(self, n_samples: int) -> Counts:
-        """Samples of each domain among the first `n_samples` of the stage, int64 (D,)."""
+        """Return each domain's samples among the first `n_samples` of the stage, int64 (D,)."""
         number = int(self._blocks.batch_of(n_samples))
         rest = n_samples - int(self._blocks.samples_before(number))
         counts_D = self._counts_after(number)
@@ -135,7 +136,7 @@ class StageBlend:
         return counts_D.copy()
 
     def check_counts(self, n_samples: int, counts_D: Counts) -> bool:
-        """Whether these may be the counts after `n_samples`: whole, and within one of the quota."""
+        """Return whether these can be the counts after `n_samples`: all within one of the quota."""
         quota_D = n_samples * self._weights_D
         floor_D = quota_D >> _WEIGHT_BITS
         ceiling_D = -(-quota_D >> _WEIGHT_BITS)
@@ -143,7 +144,7 @@ class StageBlend:
         return bool(within.all()) and int(counts_D.sum()) == n_samples
 
     def resume(self, n_samples: int, counts_D: Counts) -> None:
-        """Go on from counts found earlier, at the end of a block, without finding them again.
+        """Continue from known counts at the end of a block, without computing them again.
 
         Raises:
             InputError: they cannot be the counts after `n_samples`.
@@ -157,7 +158,7 @@ class StageBlend:
         self._latest = blocks, counts_D.copy()
 
     def block(self, number: int) -> Block:
-        """Block `number` of the stage; the last one asked for is kept."""
+        """Return block `number` of the stage; the latest one is kept."""
         if self._cached is None or self._cached[0] != number:
             self._cached = number, self._make_block(number)
         return self._cached[1]
@@ -169,10 +170,10 @@ class StageBlend:
         domains_N = np.repeat(np.arange(len(gained_D)), gained_D)
         first_N = np.repeat(np.cumsum(gained_D) - gained_D, gained_D)
         k_N = np.repeat(before_D, gained_D) + np.arange(size) - first_N
-        # Raw Philox output is the same in every version of NumPy; its permutations need not be.
+        # Raw Philox output is the same in every version of NumPy; permutations may not be.
         philox = np.random.Philox(key=self._key, counter=[0, number, 0, 0])
         shuffled_N = domains_N[np.argsort(philox.random_raw(size), kind="stable")]
-        # Each domain's samples come in the order of k, so k_N goes where the stable sort says.
+        # Each domain's samples are drawn in the order of k, which the stable sort keeps.
         # NumPy sorts 16 bits by radix, several times faster.
         keys_N = shuffled_N.astype(np.uint16) if len(gained_D) <= 2**16 else shuffled_N
         shuffled_k_N = np.empty_like(k_N)
@@ -180,7 +181,7 @@ class StageBlend:
         return Block(shuffled_N, shuffled_k_N)
 
     def _counts_after(self, blocks: int) -> Counts:
-        """Samples of each domain in the first `blocks` blocks."""
+        """Return each domain's samples in the first `blocks` blocks."""
         if blocks < 0 or int(self._blocks.samples_before(blocks)) > _MOST_SAMPLES:
             raise IndexError(f"block {blocks} is not in the stage")
         latest, counts_D = self._latest
@@ -188,7 +189,7 @@ class StageBlend:
         if done != latest:
             counts_D = self._checkpoints[done]
         while done < blocks:
-            # Up to the next checkpoint, as far as it goes at once.
+            # Skip as far as possible, but not beyond the next checkpoint.
             until = min(blocks, (done // self._spacing + 1) * self._spacing)
             done, counts_D = self._further(done, counts_D, until)
             if done % self._spacing == 0 and done not in self._checkpoints:
@@ -197,12 +198,12 @@ class StageBlend:
         return counts_D
 
     def _further(self, done: int, counts_D: Counts, until: int) -> tuple[int, Counts]:
-        """The counts after a block beyond `done`, `until` at most; and that block's number."""
+        """Return a number of blocks above `done`, at most `until`, and the counts after them."""
         until = min(until, done + self._reach)
         if until - done >= _WORTHWHILE:
             passed = self._pass_over(done, counts_D, until)
             whole = passed is not None and passed[0] == until
-            # What lies beyond an early domain was looked at for nothing: try less next time.
+            # The blocks beyond an early sample were computed for nothing: try fewer next time.
             self._reach = min(2 * self._reach, self._most) if whole else _WORTHWHILE
             if passed is not None:
                 return passed
@@ -212,9 +213,9 @@ class StageBlend:
         return until, counts_D
 
     def _pass_over(self, done: int, counts_D: Counts, until: int) -> tuple[int, Counts] | None:
-        """The counts after the last block, `until` at most, before which none is early.
+        """Skip to the last block, at most `until`, before which no sample is early.
 
-        None if that is `done` itself.
+        Return its number and the counts after it, or None if it is `done` itself.
         """
         n_B = self._blocks.samples_before(np.arange(done + 1, until + 2))
         if int(n_B[-1]) > _MOST_SAMPLES:
@@ -222,9 +223,9 @@ class StageBlend:
         quota_BD = n_B[:, None] * self._weights_D  # in units of 2⁻³⁰ samples
         floor_BD = quota_BD >> _WEIGHT_BITS
         if (counts_D > floor_BD[0]).any():
-            return None  # early: beyond what the next block needs
+            return None  # a domain has samples that only later blocks need
         places_B = n_B[:-1] - floor_BD[:-1].sum(axis=1)
-        # With the places that floors leave, only domains may be served that the next block needs.
+        # The places that the floors leave may go only to domains that the next block needs.
         below_BD = (quota_BD[:-1] & (WEIGHT_TOTAL - 1)) != 0
         due_BD = below_BD & (floor_BD[1:] > floor_BD[:-1])
         enough_B = np.count_nonzero(due_BD, axis=1) >= places_B
@@ -234,26 +235,27 @@ class StageBlend:
         last = blocks - 1
         counts_D, places = floor_BD[last].copy(), int(places_B[last])
         if places:
-            may = np.flatnonzero(due_BD[last])
-            deficit = quota_BD[last, may] & (WEIGHT_TOTAL - 1)
-            counts_D[may[np.argsort(-deficit, kind="stable")[:places]]] += 1
+            due = np.flatnonzero(due_BD[last])
+            deficit = quota_BD[last, due] & (WEIGHT_TOTAL - 1)
+            counts_D[due[np.argsort(-deficit, kind="stable")[:places]]] += 1
         return done + blocks, counts_D
 
     def _one_more_block(self, counts_D: Counts, number: int) -> Counts:
-        """The counts after `number` blocks, from those one block before."""
+        """Return the counts after `number` blocks, from those one block before."""
         n_samples = int(self._blocks.samples_before(number))
         quota_D = n_samples * self._weights_D  # in units of 2⁻³⁰ samples
         counts_D = np.maximum(counts_D, quota_D >> _WEIGHT_BITS)
         places = n_samples - int(counts_D.sum())
         if places:
-            may = np.flatnonzero(counts_D << _WEIGHT_BITS < quota_D)  # below the ceiling
-            # The block in which quota and next sample meet.
-            needed_at = -(-((counts_D[may] + 1) << _WEIGHT_BITS) // self._weights_D[may])
+            open_domains = np.flatnonzero(counts_D << _WEIGHT_BITS < quota_D)  # below the ceiling
+            weights = self._weights_D[open_domains]
+            # The block by whose end the quota reaches the next sample.
+            needed_at = -(-((counts_D[open_domains] + 1) << _WEIGHT_BITS) // weights)
             deadline = self._blocks.batch_of(needed_at - 1)
             last = np.partition(deadline, places - 1)[places - 1]
-            soon = may[deadline < last]
+            soon = open_domains[deadline < last]
             counts_D[soon] += 1
-            at_last = may[deadline == last]
+            at_last = open_domains[deadline == last]
             deficit = quota_D[at_last] - (counts_D[at_last] << _WEIGHT_BITS)
             counts_D[at_last[np.argsort(-deficit, kind="stable")[: places - len(soon)]]] += 1
         return counts_D

@@ -1,8 +1,8 @@
-"""Simple policies: mixtures that look at nothing but the size of the domains.
+"""Simple policies: mixtures that depend on nothing but the domains' sizes.
 
-All are functions ``(domain_tokens, ...) -> Mixture``; :func:`propose_mixture` calls one by its
-name, as a configuration gives it. `domain_tokens` are the tokens (or samples) of one epoch of each
-domain, above 0. Domains come in the order that it has.
+All are functions ``(domain_tokens, ...) -> Mixture``; :func:`propose_mixture` calls one by the name
+that a configuration gives. `domain_tokens` are the tokens (or samples) of one epoch of each domain,
+above 0, and give the order of the domains.
 """
 
 import math
@@ -17,10 +17,10 @@ Option = TypeVar("Option")
 
 
 def static(domain_tokens: Mapping[str, float], weights: Mapping[str, float]) -> Mixture:
-    """The weights given, normalised.
+    """Return the given weights, normalised.
 
     Raises:
-        InputError: they do not name the domains, or are no weights.
+        InputError: they do not name exactly the domains, or are no weights.
     """
     different = sorted(set(domain_tokens) ^ set(weights))
     if different:
@@ -31,22 +31,22 @@ def static(domain_tokens: Mapping[str, float], weights: Mapping[str, float]) -> 
 
 
 def uniform(domain_tokens: Mapping[str, float]) -> Mixture:
-    """The same weight for every domain."""
+    """Return the same weight for every domain."""
     return Mixture.uniform(domain_tokens)
 
 
 def proportional(domain_tokens: Mapping[str, float]) -> Mixture:
-    """Weights proportional to tokens: every domain is seen as often as any other."""
+    """Return weights proportional to tokens: every domain makes the same number of epochs."""
     return temperature(domain_tokens, 1.0)
 
 
 def temperature(domain_tokens: Mapping[str, float], temperature: float) -> Mixture:
-    """w_j ∝ tokens_j^(1/T): proportional at T = 1, uniform as T grows without end.
+    """Return w_j ∝ tokens_j^(1/T): proportional at T = 1, uniform in the limit of large T.
 
-    That T is a temperature (mT5, XLM-R, with exponent α = 1/T): a larger one favours small domains.
+    This is the temperature of mT5 and XLM-R (exponent α = 1/T): a larger one favours small domains.
 
     Raises:
-        InputError: T is not above 0, or tokens are not.
+        InputError: T or a domain's tokens are not above 0.
     """
     _check_tokens(domain_tokens)
     if not temperature > 0:  # also false for NaN
@@ -59,18 +59,18 @@ def temperature(domain_tokens: Mapping[str, float], temperature: float) -> Mixtu
 def unimax(
     domain_tokens: Mapping[str, float], budget_tokens: float, max_epochs: float = 4.0
 ) -> Mixture:
-    """As uniform as can be with at most `max_epochs` passes over each domain.
+    """Return the most uniform mixture with at most `max_epochs` passes over each domain.
 
     Source: Chung et al., *UniMax* (arXiv 2304.09151), algorithm 1. From the smallest domain to
     the largest, each gets an equal share of the budget that is left, or `max_epochs` passes if
     that is less.
 
     Args:
-        budget_tokens: what is drawn from all domains together, in the unit of `domain_tokens`.
+        budget_tokens: total to be drawn from all domains, in the unit of `domain_tokens`.
 
     Raises:
-        InputError: a number is not positive, or the budget is beyond `max_epochs` passes over
-            everything. (The paper's algorithm then exceeds `max_epochs`.)
+        InputError: a number is not positive, or the budget exceeds `max_epochs` passes over all
+            domains. (The paper's algorithm then exceeds `max_epochs`.)
     """
     _check_tokens(domain_tokens)
     if not 0 < budget_tokens < math.inf or not max_epochs > 0:
@@ -101,16 +101,15 @@ def propose_mixture(
     budget_tokens: float | None = None,
     max_epochs: float = 4.0,
 ) -> Mixture:
-    """The mixture of a policy, by its name. Options of other policies are not looked at.
+    """Return the mixture of a policy, given by name. Options of other policies are ignored.
 
     Args:
-        weights: of `static`.
-        temperature: of `temperature`.
-        budget_tokens, max_epochs: of `unimax`.
+        weights: for `static`.
+        temperature: for `temperature`.
+        budget_tokens, max_epochs: for `unimax`.
 
     Raises:
-        InputError: an unknown policy, an option that it needs and is not given, or the policy's
-            own reasons.
+        InputError: the policy is unknown or lacks an option, or as for the policy.
     """
     match policy:
         case "static":
@@ -127,7 +126,7 @@ def propose_mixture(
     raise InputError(f"policy is {policy!r}; it must be one of {', '.join(get_args(Policy))}")
 
 
-_temperature = temperature  # where an argument has its name
+_temperature = temperature  # for use where an argument has the same name
 
 
 def _needed(name: str, value: Option | None, policy: str) -> Option:

@@ -11,18 +11,18 @@ from numpy.typing import NDArray
 from megatron_tikmix.errors import InputError
 
 WEIGHT_TOTAL = 2**30
-"""What the integer weights of a mixture sum to."""
+"""The sum of the integer weights of a mixture."""
 
 
 class Mixture(Mapping[str, float]):
-    """Domain weights on the simplex, in tokens: an immutable, hashable mapping name -> weight.
+    """Domain weights by token, with sum 1: an immutable, hashable mapping name -> weight.
 
     ``Mixture({"code": 3, "prose": 1})`` is normalised to sum 1; zero weights stay in. Two
     mixtures are equal when every domain has the same weight, whatever the order of the names.
 
     Raises:
-        InputError: no domain, a name that is no string, a weight that is negative or not a
-            finite number, or weights that are all zero.
+        InputError: there is no domain, a name is no string, a weight is negative or not a finite
+            number, or all weights are zero.
     """
 
     __slots__ = ("_weights",)
@@ -54,17 +54,17 @@ class Mixture(Mapping[str, float]):
 
     @classmethod
     def uniform(cls, names: Iterable[str]) -> "Mixture":
-        """The same weight for every name."""
+        """Return the same weight for every name."""
         return cls(dict.fromkeys(names, 1.0))
 
     @classmethod
     def proportional(cls, tokens: Mapping[str, float]) -> "Mixture":
-        """Weights proportional to each domain's tokens."""
+        """Return weights proportional to each domain's tokens."""
         return cls(tokens)
 
     @classmethod
     def from_integer_weights(cls, integer_weights: Mapping[str, int]) -> "Mixture":
-        """The mixture whose :meth:`integer_weights` are these, exactly.
+        """Return the mixture with exactly these :meth:`integer_weights`.
 
         Each weight is an integer over 2³⁰, which a float holds exactly, also after JSON.
 
@@ -84,16 +84,16 @@ class Mixture(Mapping[str, float]):
 
     @property
     def domains(self) -> list[str]:
-        """Domain names, in the order they were given."""
+        """Domain names, in the order given."""
         return list(self._weights)
 
     @property
     def effective_domains(self) -> float:
-        """exp(entropy), natural log: D for a uniform mixture of D domains, 1 for one domain."""
+        """exp(entropy), natural logarithm: D for a uniform mixture of D domains, 1 for just one."""
         return math.exp(-math.fsum(w * math.log(w) for w in self.values() if w > 0))
 
     def array(self, domains: Sequence[str] | None = None) -> NDArray[np.float64]:
-        """The weights as float64 (D,), in the order of `domains` (default: the mixture's own).
+        """Return the weights as float64 (D,), in the order of `domains` (default: its own).
 
         Raises:
             InputError: `domains` are not the mixture's domains.
@@ -108,9 +108,9 @@ class Mixture(Mapping[str, float]):
         return np.array([self._weights[name] for name in domains], dtype=np.float64)
 
     def integer_weights(self) -> dict[str, int]:
-        """The nearest weights in units of 2⁻³⁰: integers ≥ 0 that sum to 2³⁰.
+        """Return the nearest weights in units of 2⁻³⁰: integers ≥ 0 that sum to 2³⁰.
 
-        Largest remainders are rounded up, equal ones in the order of the names, so the answer
+        The largest remainders are rounded up, equal ones in the order of the names, so the result
         does not depend on the order of the domains.
         """
         scaled = {name: weight * WEIGHT_TOTAL for name, weight in self.items()}  # exact
@@ -122,15 +122,15 @@ class Mixture(Mapping[str, float]):
         return integers
 
     def rounded(self) -> "Mixture":
-        """The mixture of :meth:`integer_weights`; rounding twice changes nothing."""
+        """Return the mixture of :meth:`integer_weights`; rounding twice changes nothing."""
         return self.from_integer_weights(self.integer_weights())
 
     def total_variation(self, other: "Mixture") -> float:
-        """Half the summed absolute difference of the weights, from 0 to 1."""
+        """Return half the summed absolute differences of the weights, 0 to 1."""
         return 0.5 * math.fsum(np.abs(self.array() - other.array(self.domains)))
 
     def to_json(self) -> dict[str, float]:
-        """The weights as a plain dict."""
+        """Return the weights as a plain dict."""
         return dict(self._weights)
 
     @classmethod

@@ -1,4 +1,4 @@
-"""How often each domain's tokens will have been seen, as far as the mixture is settled."""
+"""Repetition: how often a schedule passes over each domain, and whether it runs out."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,12 +12,12 @@ from megatron_tikmix.mixture.schedule import MixtureSchedule
 
 @dataclass(frozen=True)
 class Shortage:
-    """A domain that gives all it may before a settled stretch of the run ends.
+    """A domain that reaches its allowed number of passes too early.
 
     Attributes:
-        sample: global index of the sample at which that is so.
-        epochs: passes over the domain that the stretch would take.
-        largest_weight: with which it would last, if the stretch had this one weight.
+        sample: global index of the sample at which it does.
+        epochs: passes over the domain that the whole stretch would take.
+        largest_weight: the largest constant weight with which it would last.
     """
 
     domain: str
@@ -28,7 +28,7 @@ class Shortage:
 
 
 def planned_samples(schedule: MixtureSchedule, samples: int) -> NDArray[np.float64]:
-    """Samples of each domain among the first `samples`, to within one a stage; float64 (D,)."""
+    """Return each domain's samples among the first `samples`, ± 1 for each stage; float64 (D,)."""
     total_D = np.zeros(len(schedule.domains))
     for start, end, weights_D in _stretches(schedule, samples):
         total_D += (end - start) * weights_D
@@ -41,10 +41,10 @@ def first_shortage(
     samples_per_epoch: Mapping[str, int],
     max_epochs: float | Mapping[str, float],
 ) -> Shortage | None:
-    """The domain that runs dry first among the first `samples` of a schedule, if one does.
+    """Return the domain that runs out first within the first `samples` of a schedule, or None.
 
     Args:
-        max_epochs: passes over a domain that are allowed: for all, or by name.
+        max_epochs: the allowed passes over a domain: for all, or by name.
     """
     if not isinstance(max_epochs, Mapping):
         max_epochs = dict.fromkeys(schedule.domains, max_epochs)
@@ -53,24 +53,24 @@ def first_shortage(
     for index, name in enumerate(schedule.domains):
         if name not in max_epochs:
             continue
-        may = max_epochs[name] * samples_per_epoch[name]
-        # A stage's counts are the weight's, rounded up or down.
-        if planned_D[index] <= may + len(schedule.stages):
+        allowed = max_epochs[name] * samples_per_epoch[name]
+        # In each stage a domain may get one sample more than its weight says, by rounding.
+        if planned_D[index] <= allowed + len(schedule.stages):
             continue
         found.append(
             Shortage(
                 name,
-                _when(schedule, samples, index, may),
+                _when(schedule, samples, index, allowed),
                 planned_D[index] / samples_per_epoch[name],
                 max_epochs[name],
-                may / samples,
+                allowed / samples,
             )
         )
     return min(found, key=lambda shortage: shortage.sample, default=None)
 
 
-def _when(schedule: MixtureSchedule, samples: int, domain: int, may: float) -> int:
-    left = may
+def _when(schedule: MixtureSchedule, samples: int, domain: int, allowed: float) -> int:
+    left = allowed
     for start, end, weights_D in _stretches(schedule, samples):
         taken = (end - start) * weights_D[domain]
         if taken > left:
@@ -82,7 +82,7 @@ def _when(schedule: MixtureSchedule, samples: int, domain: int, may: float) -> i
 def _stretches(
     schedule: MixtureSchedule, samples: int
 ) -> list[tuple[int, int, NDArray[np.float64]]]:
-    """First sample, end and weights (D,) of each stage, as far as `samples`."""
+    """Return first sample, end and weights (D,) of each stage within the first `samples`."""
     ends = [stage.start_sample for stage in schedule.stages[1:]] + [samples]
     return [
         (stage.start_sample, min(end, samples), stage.integer_weights_D / WEIGHT_TOTAL)

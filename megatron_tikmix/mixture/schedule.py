@@ -1,4 +1,4 @@
-"""MixtureSchedule: which sample of which domain every global sample index stands for."""
+"""MixtureSchedule: maps every global sample index to a domain and a sample of it."""
 
 import bisect
 import hashlib
@@ -29,7 +29,7 @@ class Stage:
     """int64 (D,), sum 2³⁰, in the schedule's order of domains; read-only."""
 
     start_counts_D: Counts
-    """The domains' cursors: samples of each consumed before this stage, int64 (D,), read-only."""
+    """Samples of each domain consumed before this stage, int64 (D,), read-only."""
 
     def __post_init__(self) -> None:
         self.integer_weights_D.flags.writeable = False
@@ -37,7 +37,7 @@ class Stage:
 
 
 class SampleLocation(NamedTuple):
-    """What a global sample index stands for."""
+    """The sample that a global sample index stands for."""
 
     stage: int
     """Index of the stage."""
@@ -46,11 +46,11 @@ class SampleLocation(NamedTuple):
     """Index of the domain, in the schedule's order."""
 
     k: int
-    """The domain's own sample number, counted over the whole run."""
+    """Number of the sample within its domain, counted over the whole run."""
 
 
 class SampleLocations(NamedTuple):
-    """What global sample indices stand for; int64 (N,) each, as in :class:`SampleLocation`."""
+    """The samples of N global sample indices; int64 (N,) each, as in :class:`SampleLocation`."""
 
     stages_N: NDArray[np.int64]
     domains_N: NDArray[np.int64]
@@ -58,21 +58,21 @@ class SampleLocations(NamedTuple):
 
 
 class MixtureSchedule:
-    """Stages of mixtures, only ever appended.
+    """Stages of mixtures, which are only ever appended.
 
     The sample order is a pure function of (domains, block size, seed, stages, index): every rank
-    and every later run finds the same sample at the same index. A domain goes on in each stage
-    where the one before left it, so none of its samples is lost or repeated; appending a stage
+    and every later run finds the same sample at the same index. In each stage a domain continues
+    where the previous one ended, so none of its samples is lost or repeated; appending a stage
     changes nothing before its first sample.
 
     Args:
         domains: names; their order is that of domain indices and of all (D,) arrays.
-        block_size: samples of a block of the blending, one number or those of each global batch;
-            stages are whole numbers of blocks.
-        seed: of the order within blocks, 0 to 2⁶⁴ − 1.
+        block_size: samples of a block of the blending: one number, or the sizes of the global
+            batches; stages are whole numbers of blocks.
+        seed: fixes the order within blocks, 0 to 2⁶⁴ − 1.
 
     Raises:
-        InputError: domains that are none or repeat.
+        InputError: there is no domain, or a name repeats.
     """
 
     def __init__(self, domains: Sequence[str], block_size: int | BatchSizes, seed: int) -> None:
@@ -96,8 +96,8 @@ class MixtureSchedule:
         """Use a mixture (or integer weights by name, sum 2³⁰) from `start_sample` on.
 
         Raises:
-            InputError: the first stage does not start at 0, a later one not a whole number of
-                blocks after the one before, or the mixture names other domains.
+            InputError: the first stage does not start at 0, a later one does not start a whole
+                number of blocks after the one before, or the mixture names other domains.
         """
         self._check_start(start_sample)
         if not isinstance(mixture, Mixture):
@@ -117,7 +117,7 @@ class MixtureSchedule:
         return stage
 
     def withdraw(self, n_samples: int) -> bool:
-        """Take the last stage back if none of the run's first `n_samples` is of it."""
+        """Remove the last stage if none of the run's first `n_samples` belongs to it."""
         if not self._stages or self._starts[-1] < n_samples:
             return False
         for of_stages in (self._stages, self._starts, self._blends):
@@ -139,7 +139,7 @@ class MixtureSchedule:
             )
 
     def locate(self, index: int) -> SampleLocation:
-        """The stage, the domain and the domain's sample number of a global sample index.
+        """Return stage, domain and the domain's sample number of a global sample index.
 
         Raises:
             IndexError: `index` is negative, or the schedule has no stage.
@@ -149,9 +149,9 @@ class MixtureSchedule:
         return SampleLocation(stage.index, domain, int(stage.start_counts_D[domain]) + k)
 
     def locate_many(self, indices: ArrayLike) -> SampleLocations:
-        """:meth:`locate` of many global sample indices, in any order; int64 (N,) each.
+        """Do :meth:`locate` for many global sample indices, in any order; return int64 (N,) each.
 
-        Consecutive ones are cheap: each block is made once.
+        Consecutive indices are cheap: each block is computed once.
 
         Raises:
             IndexError: an index is negative, or the schedule has no stage.
@@ -178,7 +178,7 @@ class MixtureSchedule:
         return found
 
     def domain_counts(self, n_samples: int) -> Counts:
-        """Samples of each domain among the first `n_samples` of the run, int64 (D,)."""
+        """Return each domain's samples among the first `n_samples` of the run, int64 (D,)."""
         if n_samples == 0:
             return np.zeros(len(self.domains), dtype=np.int64)
         stage = self._stage_of(n_samples - 1)
@@ -191,19 +191,19 @@ class MixtureSchedule:
         return self._stages[bisect.bisect_right(self._starts, index) - 1]
 
     def mixture(self, stage: int = -1) -> Mixture:
-        """The mixture of a stage, as rounded to integer weights; by default the last one's."""
+        """Return the mixture of a stage, rounded to integer weights; default: the last stage."""
         weights_D = self._stages[stage].integer_weights_D
         return Mixture.from_integer_weights(
             dict(zip(self.domains, weights_D.tolist(), strict=True))
         )
 
     def digest(self) -> str:
-        """sha256, in hex, of all that the sample order depends on; equal on ranks that agree."""
+        """Return the SHA-256, in hex, of everything that determines the sample order."""
         content = json.dumps(self.to_json(), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(content.encode()).hexdigest()
 
     def to_json(self) -> dict[str, Any]:
-        """The whole schedule as plain values; arrays in the order of `domains`."""
+        """Return the whole schedule as plain values; arrays in the order of `domains`."""
         ramp_up = {} if self.blocks.is_constant else {"block_sizes": self.blocks.to_json()}
         return {
             "domains": list(self.domains),
@@ -228,17 +228,16 @@ class MixtureSchedule:
         domain_samples: Sequence[int] | None = None,
         domains: Sequence[str] | None = None,
     ) -> "MixtureSchedule":
-        """Undo :meth:`to_json`. No block is made again, however long the schedule.
+        """Undo :meth:`to_json`, without computing any block.
 
         Args:
             domain_samples: :meth:`domain_counts` of `consumed_samples`, the end of a block in the
-                last stage. Given, the schedule goes on from there at no cost.
-            domains: those stored, in their order, and further ones, of which no sample was drawn.
+                last stage. If given, the schedule continues from there at no cost.
+            domains: the stored domains, in their order, and new ones without samples so far.
 
         Raises:
-            InputError: a stored domain is missing, or comes in another order; or stored counts
-                cannot be those of the stages: they were made by other weights, and samples would
-                be lost or repeated.
+            InputError: a stored domain is missing or in another place, or stored counts do not fit
+                the stages' weights, so that samples would be lost or repeated.
         """
         sizes = data.get("block_sizes", data["block_size"])
         blocks = sizes if isinstance(sizes, int) else BatchSizes(sizes)
@@ -252,7 +251,7 @@ class MixtureSchedule:
         places = [schedule.domains.index(name) for name in stored]
 
         def widened(values: Sequence[int]) -> Counts:
-            """An array over the stored domains as one over all of them."""
+            """Return an array over the stored domains as one over all domains."""
             wide_D = np.zeros(len(schedule.domains), dtype=np.int64)
             if len(values) == len(stored):
                 wide_D[places] = values
@@ -275,7 +274,7 @@ class MixtureSchedule:
         return schedule
 
     def _follows(self, start_sample: int, counts_D: Counts) -> bool:
-        """Whether a new stage may have these start counts, given the stage before."""
+        """Return whether these start counts can follow the stage before."""
         if not self._stages:
             return counts_D.shape == (len(self.domains),) and not counts_D.any()
         last = self._stages[-1]

@@ -1,4 +1,4 @@
-"""A whole schedule from a file, or from another run.
+"""Reads a whole schedule from a file, or from another run.
 
 A file, YAML or JSON, is a list of stages, alone or under ``stages``::
 
@@ -6,7 +6,7 @@ A file, YAML or JSON, is a list of stages, alone or under ``stages``::
       - {start_sample: 0,       weights: {code: 0.5, prose: 0.5}}
       - {start_sample: 1024000, weights: {code: 0.7, prose: 0.3}}
 
-A run is given by its folder, or by its ledger ``mixture.jsonl``.
+A run is named by its folder, or by its ledger ``mixture.jsonl``.
 """
 
 import json
@@ -27,13 +27,13 @@ _LEDGER, _CONFIG = "mixture.jsonl", "config.yaml"
 
 @dataclass(frozen=True)
 class ScheduleFile:
-    """Stages as a file gives them.
+    """The stages in a file.
 
     Attributes:
         path: the file.
         starts: global index of each stage's first sample.
-        weights: each stage's weights by domain name; domains left out have none.
-        config: the resolved configuration of the run it is the ledger of, if it is one's.
+        weights: each stage's weights by domain name; omitted domains have weight 0.
+        config: the resolved configuration of the run if the file is a run's ledger, else None.
     """
 
     path: Path
@@ -69,7 +69,7 @@ class ScheduleFile:
         )
 
     def schedule(self, domains: Sequence[str], blocks: BatchSizes, seed: int) -> MixtureSchedule:
-        """The schedule of these stages over `domains`.
+        """Return the schedule of these stages over `domains`.
 
         Raises:
             InputError: a stage names an unknown domain, or does not start between two batches.
@@ -97,25 +97,25 @@ class ScheduleFile:
                 raise InputError(f"{where}: {error}") from error
         return schedule
 
-    def differences(self, mine: Mapping[str, Any], domains: Sequence[str]) -> list[str]:
-        """What keeps the run's samples from being served again: its fields that are not `mine`.
+    def differences(self, settings: Mapping[str, Any], domains: Sequence[str]) -> list[str]:
+        """Return in words the settings that keep this run from serving the other run's samples.
 
         Args:
-            mine: values by the dotted name of a field of the configuration.
-            domains: of this run, in order.
+            settings: values of this run, by dotted name of a configuration field.
+            domains: those of this run, in order.
 
         Returns:
-            words for each; empty where every sample index stands for the same sample.
+            one phrase for each difference; empty if both runs serve the same samples.
         """
         if self.config is None:
             return ["it is not a run's"]
         found = []
-        for name, value in mine.items():
-            theirs: Any = self.config
+        for name, value in settings.items():
+            former: Any = self.config
             for key in name.split("."):
-                theirs = theirs.get(key) if isinstance(theirs, Mapping) else None
-            if theirs != value:
-                found.append(f"{name} was {theirs} and is {value}")
+                former = former.get(key) if isinstance(former, Mapping) else None
+            if former != value:
+                found.append(f"{name} was {former} and is {value}")
         if list(self.weights[0]) != list(domains):
             found.append("its domains are others, or in another order")
         return found

@@ -1,7 +1,7 @@
-"""What one asks of a run, answered as plain values: for tables, for JSON, and in words.
+"""Answers to questions about a run, as plain values: for tables, for JSON, and in words.
 
-Every answer is made from the run directory alone, at any moment of the run. Numbers that are not
-known are None.
+Every answer is made from the run directory alone, at any time during the run. Unknown numbers are
+None.
 """
 
 from typing import Any
@@ -25,7 +25,7 @@ from megatron_tikmix.monitoring.words import (
 
 Answer = dict[str, Any]
 PLACES = ("run_dir", "baseline")
-"""Settings that only name directories: no difference between two runs."""
+"""Settings that only name directories, and are not compared between runs."""
 
 
 def open_run(run_dir: str) -> RunHistory:
@@ -44,7 +44,7 @@ def open_run(run_dir: str) -> RunHistory:
 
 
 def summary(history: RunHistory) -> Answer:
-    """Return where the run is, what its mixture did at each boundary, and what that cost."""
+    """Return the run's progress, the change of its mixture at each boundary, and the cost."""
     return {
         "words": in_words(history),
         "iteration": history.iteration,
@@ -78,7 +78,7 @@ def _boundary(history: RunHistory, k: int) -> Answer:
 
 
 def in_words(history: RunHistory) -> str:
-    """Say in a few sentences where the run is, what moved, and what came of it."""
+    """Describe in a few sentences the run's progress, what moved, and the effect."""
     parts = (_model_in_words, _moves_in_words, _losses_in_words, _probe_in_words)
     return " ".join(filter(None, (part(history) for part in parts)))
 
@@ -125,7 +125,7 @@ def _probe_in_words(history: RunHistory) -> str:
 
 
 def mixture(history: RunHistory) -> Answer:
-    """Return every domain's weight in each stage, and what was drawn from it, by last weight."""
+    """Return each domain's weights by stage, and its tokens, in the order of the last weight."""
     drawn_D, epochs_D = history.samples_KD.sum(axis=0), history.epochs_KD.sum(axis=0)
     return {
         "stages": [row.stage for row in history.stages],
@@ -190,11 +190,11 @@ def measured(history: RunHistory, stage: int | None) -> tuple[StageRow, Influenc
 
 
 def why(history: RunHistory, domain: str, stage: int | None = None) -> Explanation:
-    """Return what pushed `domain` at the boundary before `stage` (None: the last that measured).
+    """Explain the change of `domain` at the boundary before `stage` (None: the last that measured).
 
     Raises:
-        InputError: an unknown domain or stage, or a boundary that solved nothing or came before
-            the domain.
+        InputError: the domain or stage is unknown, or nothing was solved at the boundary, or it
+            came before the domain.
     """
     if domain not in history.domains:
         listed = ", ".join(map(clean, history.domains[:12]))
@@ -211,7 +211,7 @@ def why(history: RunHistory, domain: str, stage: int | None = None) -> Explanati
 
 
 def explained(history: RunHistory, row: StageRow) -> Explainer:
-    """Return what pushed the domains at the boundary before a stage.
+    """Explain the change of every domain at the boundary before a stage.
 
     Raises:
         InputError: nothing was solved there, or an earlier version wrote the row.
@@ -223,7 +223,7 @@ def explained(history: RunHistory, row: StageRow) -> Explainer:
 def compare(first: RunHistory, second: RunHistory) -> Answer:
     """Compare task losses after equally many samples, last mixtures, cost and settings of two runs.
 
-    Differences are second less first: where that of a loss is negative, the second run is better.
+    Differences are second minus first: where a loss has a negative one, the second run is better.
     """
     losses = [_losses_by_samples(history) for history in (first, second)]
     common = sorted(losses[0].keys() & losses[1].keys())
@@ -268,7 +268,7 @@ def _minus(a: dict[str, float | None], b: dict[str, float | None], task: str) ->
 
 
 def _different(path: str, a: Any, b: Any) -> list[Answer]:
-    """Return the settings that differ, by dotted name, but for `PLACES`."""
+    """Return the settings that differ, by dotted name, except `PLACES`."""
     if isinstance(a, dict) and isinstance(b, dict):
         found = []
         for key in dict.fromkeys([*a, *b]):
@@ -278,7 +278,7 @@ def _different(path: str, a: Any, b: Any) -> list[Answer]:
 
 
 def tokens(history: RunHistory, samples: float) -> float | None:
-    """Return the tokens of so many samples; None where the length of one is not known."""
+    """Return the tokens in `samples` samples; None if the sequence length is not known."""
     length = history.sequence_length
     return None if length is None else samples * length
 

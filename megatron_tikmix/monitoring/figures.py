@@ -1,9 +1,9 @@
 """The pictures of report.html: weights, influence, losses, consumption, and the baseline.
 
-They draw what `RunHistory` holds and compute next to nothing. Two rules keep arbitrary names from
-breaking them. Plotly reads a kind of HTML, so every name goes through `label`. Axes of names are
-positions with tick labels, never plotly's categories: two long names may be shortened alike and
-must not fall on one row, and a name like `2020` must not become a number.
+They draw the contents of `RunHistory` and compute next to nothing. Two rules keep arbitrary names
+from breaking them. Plotly interprets some HTML, so every name goes through `label`. Axes of names
+are positions with tick labels, never plotly's categories: two long names that are shortened to the
+same label must not share a row, and a name like `2020` must not become a number.
 """
 
 import html
@@ -37,14 +37,14 @@ INK, FAINT, RULE = "#22262e", "#6b7280", "#e3e6ea"
 GAIN, LOSS, CAP, CROWD = "#1f5f9e", "#b2562b", "#d62728", "#9db8e8"
 LONGEST_LEGEND = len(COLOURS)
 MOST_CHANGES = 24
-"""Domains that `largest_changes` draws, at most."""
+"""The most domains that `largest_changes` draws."""
 
 HARM, ZERO, BENEFIT = ("#b2562b", "#e5a27c"), "#fbfaf7", ("#7fb0d8", "#1f5f9e")
 DIVERGING = list(zip((0, 0.25, 0.5, 0.75, 1), (*HARM, ZERO, *BENEFIT), strict=True))
 GREY = [(0, "#e6e8ec"), (1, "#e6e8ec")]
 GREY_TEXT = "#7b818c"
 ROOM_FOR_NUMBERS = 8
-"""With more tasks than this beside each other, a cell is too narrow to be written in."""
+"""With more tasks than this, cells are too narrow for numbers."""
 
 
 def label(name: object, width: int = 30) -> str:
@@ -53,7 +53,7 @@ def label(name: object, width: int = 30) -> str:
 
 
 def dress(figure: go.Figure, **layout: Any) -> go.Figure:
-    """Give `figure` the style that all pictures share, and `layout`; return it."""
+    """Give `figure` the style that all pictures share, and the settings in `layout`; return it."""
     margin = {"l": 10, "r": 10, "t": 20, "b": 10} | layout.pop("margin", {})
     family = "system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif"
     figure.update_layout(
@@ -70,7 +70,7 @@ def dress(figure: go.Figure, **layout: Any) -> go.Figure:
 
 
 def row_height(domains: Sequence[str]) -> int:
-    """Return the pixels of a domain on a vertical axis: ample for few, just legible for many."""
+    """Return the height of a domain's row in pixels: ample for few, just legible for many."""
     return max(16, min(32, 720 // max(len(domains), 1)))
 
 
@@ -94,7 +94,7 @@ def crowded(history: RunHistory) -> bool:
 
 
 def weights_over_time(history: RunHistory) -> go.Figure:
-    """Stacked weights, one block for each stage: between boundaries the mixture is constant."""
+    """Draw the stacked weights, one block for each stage, in which they are constant."""
     figure = go.Figure()
     starts, widths = _blocks(history.edges)
 
@@ -134,7 +134,7 @@ def weights_over_time(history: RunHistory) -> go.Figure:
 
 
 def largest_changes(history: RunHistory) -> go.Figure:
-    """First and last weight of the domains that moved most, the largest gain on top."""
+    """Draw first and last weight of the domains that moved most, the largest gain on top."""
     first_D, last_D = history.weights_KD[0], history.weights_KD[-1]
     by_size = np.argsort(-np.abs(last_D - first_D), kind="stable")[:MOST_CHANGES].tolist()
     shown = sorted(by_size, key=lambda d: first_D[d] - last_D[d])
@@ -163,7 +163,7 @@ def largest_changes(history: RunHistory) -> go.Figure:
 
 
 def task_losses(history: RunHistory) -> go.Figure:
-    """Loss of every task at every evaluation, over the training loss, with the boundaries."""
+    """Draw the loss of every task at every evaluation, with training loss and boundaries."""
     figure = go.Figure()
     figure.add_scatter(
         x=[row["iteration"] for row in history.metrics],
@@ -186,7 +186,7 @@ def task_losses(history: RunHistory) -> go.Figure:
 
 
 def baseline_differences(points: Sequence[Answer]) -> go.Figure:
-    """Each task's loss less that of the baseline, over the tokens trained on, and their mean.
+    """Draw each task's loss minus the baseline's, and their mean, over the tokens trained on.
 
     Args:
         points: `losses` of :func:`answers.compare`, of the baseline and of this run.
@@ -208,7 +208,7 @@ def baseline_differences(points: Sequence[Answer]) -> go.Figure:
 
 
 def tokens_and_epochs(history: RunHistory) -> go.Figure:
-    """Tokens drawn from each domain so far, and its epochs, in one shade for each stage."""
+    """Draw each domain's tokens and epochs so far, in one shade for each stage."""
     length, rows = history.sequence_length, list(range(len(history.domains)))
     figure = make_subplots(cols=2, shared_yaxes=True, horizontal_spacing=0.04)
     height = 120 + row_height(history.domains) * max(len(rows), 2)
@@ -255,7 +255,7 @@ def _draw_tasks(
     means: Sequence[float],
     colours: Mapping[str, str],
 ) -> None:
-    """Draw a line for each task, all alike where they are too many for colours, and their mean."""
+    """Draw a line for each task, all alike if they are too many for colours, and their mean."""
     crowd = len(lines) > LONGEST_LEGEND
     for place, (task, y) in enumerate(lines.items()):
         figure.add_scatter(
@@ -283,9 +283,9 @@ def _hover_mode(tasks: Sequence[str]) -> str:
 
 
 def _task_colours(history: RunHistory, tasks: Sequence[str]) -> dict[str, str]:
-    """Return the colour of each task; none where there are more tasks than colours.
+    """Return the colour of each task; empty if there are more tasks than colours.
 
-    A task that is a domain's held-out split has that domain's colour, others have free ones.
+    A task on a domain's held-out split has that domain's colour; others have unused ones.
     """
     if len(tasks) > LONGEST_LEGEND:
         return {}
@@ -297,7 +297,7 @@ def _task_colours(history: RunHistory, tasks: Sequence[str]) -> dict[str, str]:
 
 
 def _mark_caps(figure: go.Figure, history: RunHistory) -> None:
-    """Draw a tick at each domain's `max_epochs`, unless bars beside it would be specks."""
+    """Draw a tick at each domain's `max_epochs`, unless that would shrink the bars to specks."""
     epochs_D, caps_D = np.nan_to_num(history.epochs_KD.sum(axis=0)), history.epoch_caps_D
     near = [d for d, cap in enumerate(caps_D) if cap <= 3 * epochs_D.max(initial=0.0)]
     if not near:
@@ -324,7 +324,7 @@ def _mark_caps(figure: go.Figure, history: RunHistory) -> None:
 
 
 def _mark_one_epoch(figure: go.Figure, history: RunHistory) -> None:
-    """Draw a line where domains begin to repeat, once some domain has come near it."""
+    """Draw a line at one epoch, once some domain has come near it."""
     if np.isnan(history.epochs_KD).all():
         figure.add_annotation(
             text="epochs are known from the first boundary on",
@@ -359,11 +359,11 @@ def _realised(share: float) -> str:
 
 
 def influence_maps(history: RunHistory) -> go.Figure:
-    """Influence matrices as heat maps, domains down and tasks across, one for each boundary.
+    """Draw influence matrices as heat maps, domains down and tasks across, one for each boundary.
 
     Cells that differ from zero by more than their noise are coloured; the others are grey, however
-    large they are: a decision made on grey cells is a gamble. A slider goes through the boundaries
-    and begins at the last one.
+    large they are, since a decision based on them is a gamble. A slider selects the boundary,
+    beginning at the last one.
     """
     tasks = list(dict.fromkeys(task for _, matrix in history.measured for task in matrix.tasks))
     names = [label(task, 22) for task in tasks]
@@ -427,7 +427,7 @@ def _layers(stage: int, matrix: Influence, tasks: Sequence[str]) -> Iterator[go.
 
 
 def _cell_texts(stage: int, matrix: Influence) -> tuple[np.ndarray, np.ndarray]:
-    """Return what is written in each cell, and what is shown over it when the pointer is there."""
+    """Return the text of each cell, and the text shown when the pointer is over it."""
     relative, noise_VD = matrix.relative(), matrix.is_noise()
     texts_DV = np.full(noise_VD.T.shape, "", dtype=object)
     hovers_DV = np.full(noise_VD.T.shape, "", dtype=object)

@@ -5,8 +5,8 @@
     mixture.jsonl   the ledger: one object for each stage of the mixture
     starts.jsonl    one object for each start of the run, with versions and layout
 
-Lines are appended whole and flushed, so a reader need not wait until the run is over, and a killed
-run loses at most the line that it was writing.
+Whole lines are appended and flushed, so the files can be read while a run goes on, and a killed run
+loses at most the line that it was writing.
 """
 
 from functools import cached_property
@@ -56,6 +56,6 @@ class RunFiles:
 
 
 def _last_of_each(rows: list[Row], key: str) -> list[Row]:
-    """Return the last row of each `key`: a resumed run writes those after its checkpoint again."""
+    """Return the last row of each `key`: a resumed run repeats the rows after its checkpoint."""
     latest = {row[key]: row for row in rows if key in row}
     return [latest[value] for value in sorted(latest)]

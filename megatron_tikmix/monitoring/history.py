@@ -1,4 +1,4 @@
-"""A run as arrays: what its files say, put side by side for pictures, tables and answers.
+"""A run as arrays: the contents of its files, combined for pictures, tables and answers.
 
 Letters: K stages of the mixture, D domains.
 """
@@ -15,7 +15,7 @@ from megatron_tikmix.monitoring.words import Array, Influence, Spent, mean_loss,
 
 
 class RunHistory:
-    """What can be derived from a run's files, at any moment of the run.
+    """The quantities derived from a run's files, at any time during the run.
 
     Domains are in the order of their last weight, the largest first.
     """
@@ -44,7 +44,7 @@ class RunHistory:
 
     @property
     def iteration(self) -> int:
-        """The last iteration that a file mentions."""
+        """The last iteration in any file."""
         logged = self.metrics[-1]["iteration"] if self.metrics else 0
         return max(logged, self.stages[-1].start_iteration if self.stages else 0)
 
@@ -61,13 +61,13 @@ class RunHistory:
 
     @property
     def edges(self) -> list[int]:
-        """The K + 1 iterations between which the stages lie; the last one may still be growing."""
+        """The K + 1 iterations that bound the stages; the last one may still grow."""
         starts = [row.start_iteration for row in self.stages]
         return [*starts, self.iteration] if starts else []
 
     @cached_property
     def samples_KD(self) -> Array:
-        """Samples of each domain drawn within each stage.
+        """Samples drawn from each domain within each stage.
 
         The ledger counts them at every boundary, and the metrics since the last one.
         """
@@ -77,7 +77,7 @@ class RunHistory:
         counted = self.metrics[-1].get("domain_samples") if self.metrics else None
         if counted and self.metrics[-1]["iteration"] >= self.stages[-1].start_iteration:
             open_D = np.array([counted.get(name, 0.0) for name in self.domains]) - before_KD[-1]
-        else:  # the blending follows the weights to within a sample
+        else:  # the blending follows the weights up to one sample
             open_D = self.weights_KD[-1] * (self.samples - self.stages[-1].start_sample)
         return np.vstack([np.diff(before_KD, axis=0), open_D])
 
@@ -116,7 +116,7 @@ class RunHistory:
 
     @cached_property
     def measured(self) -> list[tuple[StageRow, Influence]]:
-        """The stages whose boundary measured an influence matrix, with that matrix."""
+        """The influence matrix of each stage at whose boundary one was measured."""
         found = [(row, Influence.of(row, self.domains)) for row in self.stages]
         return [(row, influence) for row, influence in found if influence is not None]
 
@@ -165,7 +165,7 @@ class RunHistory:
 
     @cached_property
     def spent(self) -> list[Spent]:
-        """What all boundaries took together: their probes, rollouts and audits."""
+        """The costs of all boundaries, summed by kind: probes, rollouts and audits."""
         parts = [part for row in self.stages for part in spent(row)]
         return [
             _total([part for part in parts if part.kind == kind])
@@ -174,12 +174,12 @@ class RunHistory:
 
 
 def share_of(part: float, rest: float) -> float | None:
-    """Return `part` as a share of `part` and `rest`; None where both are 0."""
+    """Return `part` as a share of `part` + `rest`; None if both are 0."""
     return part / (part + rest) if part + rest > 0 else None
 
 
 def _total(parts: list[Spent]) -> Spent:
-    """Return parts of one kind as one."""
+    """Return the sum of costs of one kind."""
     seconds = [part.seconds for part in parts if part.seconds is not None]
     return Spent(
         parts[0].kind,

@@ -1,9 +1,9 @@
-"""report.html: what a run trained on, why, and what came of it, on one page that needs no network.
+"""report.html: what a run trained on, why, and with what effect, on one page without a network.
 
     tikmix report RUN_DIR [--baseline RUN_B]
 
-It is made from the run directory alone, so it can be made while the run goes on, and on any
-machine. What the page says and looks like is in report.html.j2; here is what it shows.
+It is made from the run directory alone, so it can be made during the run, and on any machine. The
+page's text and style are in report.html.j2; this module provides the contents.
 """
 
 import os
@@ -43,7 +43,7 @@ from megatron_tikmix.monitoring.words import (
 )
 
 MOST_MOVES, LONGEST_NAME = 8, 26
-"""Domains whose change is explained at each boundary, and characters of a name there."""
+"""The most domains whose change is explained at each boundary, and characters of their names."""
 
 SETTINGS = {
     "layers × hidden size": ("model.num_layers", "model.hidden_size"),
@@ -73,11 +73,11 @@ def write_report(run_dir: str | Path, baseline_dir: str | Path | None = None) ->
     """Write `run_dir/report.html`, replacing an older one in a single step; return its path.
 
     Args:
-        baseline_dir: the run whose task losses this one's are held against; None: the one that the
-            run's configuration names as `baseline`, if any.
+        baseline_dir: the run with whose task losses this one's are compared; None: the one that
+            the run's configuration names as `baseline`, if any.
 
     Raises:
-        InputError: a directory or file that cannot be read.
+        InputError: a directory or file cannot be read.
     """
     run_dir = Path(run_dir)
     history = RunHistory(RunFiles(run_dir))
@@ -118,7 +118,7 @@ def _template() -> Template:
 
 
 def _to_html(figure: go.Figure, name: str) -> str:
-    """Return a figure as wide as the page, and as high as its layout says."""
+    """Return a figure as HTML, as wide as the page, and as high as its layout says."""
     return figure.to_html(
         full_html=False,
         include_plotlyjs=False,  # once a page, in its head
@@ -131,7 +131,7 @@ def _to_html(figure: go.Figure, name: str) -> str:
 
 
 def tiles(history: RunHistory) -> list[tuple[str, str]]:
-    """Return the figures at the head of the page, each with what it is."""
+    """Return the key figures at the head of the page, each with its description."""
     length = history.sequence_length
     means = [number(mean, 2) for mean in history.mean_task_loss.values()]
     return [
@@ -178,7 +178,7 @@ def boundaries(history: RunHistory) -> Table:
 
 
 def reasons(history: RunHistory) -> dict[int, Table]:
-    """Return, for each stage that was solved for, what moved the domains that moved most."""
+    """Return, for each solved stage, the reasons why the largest moves were made."""
     heads = ["domain", "weight (%)", "gain", "most from", "uniformity", "diversity"]
     heads += ["constraints", "all alike", "change", "noise (±)"]
     found = {}
@@ -199,7 +199,7 @@ def reasons(history: RunHistory) -> dict[int, Table]:
 
 
 def _explained(former: StageRow, row: StageRow) -> list[Explanation]:
-    """Explain what the answer moves most; empty where the row does not tell."""
+    """Explain the solution's largest moves; empty if the row lacks the details."""
     if row.solution is None or row.objective() is None:
         return []
     explainer = Explainer(former, row)
@@ -208,7 +208,7 @@ def _explained(former: StageRow, row: StageRow) -> list[Explanation]:
 
 
 def _parts(change: Change | None, total: float) -> list[str]:
-    """Return the parts in points; of an answer that they do not make up, only the change."""
+    """Return the parts of a change in points; only the change if they do not add up to it."""
     if change is None or change.search:  # what TiKMiX-M measured is in no column
         return [DASH] * 6 + [signed(100 * total), DASH]
     most = max(change.gain, key=lambda task: abs(change.gain[task]))
@@ -223,13 +223,14 @@ def _parts(change: Change | None, total: float) -> list[str]:
 
 @dataclass(frozen=True)
 class Baseline:
-    """What the page says on another run, whose task losses are held against this one's.
+    """The comparison with another run's task losses, as the page shows it.
 
     Attributes:
-        name: the other run's.
-        problem: why there is nothing to say; empty if there is no problem.
-        shares: of tokens that probes took: in this run, in the other.
-        picture, losses: differences at all points in common, and losses at the last; None: none.
+        name: the other run's name.
+        problem: why they cannot be compared; empty if there is no problem.
+        shares: the share of tokens that probes took in this run, and in the other.
+        picture, losses: differences at all common points, and losses at the last; None if there
+            are none.
     """
 
     name: str
@@ -240,11 +241,11 @@ class Baseline:
 
 
 def baseline(history: RunHistory, baseline_dir: str | Path | None) -> Baseline | None:
-    """Compare task losses after equally many samples; None without a baseline.
+    """Compare task losses after equally many samples; return None without a baseline.
 
     Raises:
-        InputError: the directory that was asked for holds no run. One that only the configuration
-            names may be gone by now: that is said on the page.
+        InputError: the given directory holds no run. If only the configuration names it, the page
+            says that it is missing.
     """
     named = baseline_dir or history.setting("baseline")
     if not named:
@@ -274,7 +275,7 @@ def baseline(history: RunHistory, baseline_dir: str | Path | None) -> Baseline |
 
 
 def cost(history: RunHistory) -> Table:
-    """Return what training took, beside all that was spent on deciding."""
+    """Return the cost of training and of each part of deciding."""
     trained = int(history.samples * (history.sequence_length or 0))
     training = Spent("training", trained, 0, history.training_seconds or None)
     rows = [
@@ -291,7 +292,7 @@ def cost(history: RunHistory) -> Table:
 
 
 def mixture(history: RunHistory) -> Table:
-    """Return every domain, from first weight to last."""
+    """Return a row for every domain, with its first and last weight."""
     amount = "tokens" if history.sequence_length else "samples"
     caps_D = history.epoch_caps_D
     capped = ["cap"] if np.isfinite(caps_D).any() else []

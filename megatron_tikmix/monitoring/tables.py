@@ -1,8 +1,8 @@
-"""Tables: the one `Table` that rich and report.html render, and what the terminal shows with it.
+"""Tables: the `Table` that rich and report.html render, and the tables on the terminal.
 
-`boundary_table` is what a boundary prints while a run trains; the `show_` functions print the
-answers of :mod:`megatron_tikmix.monitoring.answers`. The tables that only report.html has are made
-in :mod:`megatron_tikmix.monitoring.report`.
+`boundary_table` is printed at each boundary of a run; the `show_` functions print the answers of
+:mod:`megatron_tikmix.monitoring.answers`. Tables that only report.html has are made in
+:mod:`megatron_tikmix.monitoring.report`.
 """
 
 import math
@@ -36,15 +36,15 @@ from megatron_tikmix.monitoring.words import (
 )
 
 FEW_COLUMNS = 8
-"""More columns than this stand one space apart on the terminal, not two."""
+"""More columns than this are one space apart on the terminal instead of two."""
 NARROWEST = 10
-"""Characters to which a name is cut, at least, where a terminal has no room for more."""
+"""Names are cut to no fewer characters than this on a narrow terminal."""
 MOST_STAGES = 8
-"""Stages that `show_mixture` has columns for: of more, the first one and the last ones."""
+"""The most stages for which `show_mixture` has columns: the first and the last ones of more."""
 MOST_DOMAINS = 20
-"""Domains that `boundary_table` has rows for: those that moved most."""
+"""The most domains for which `boundary_table` has rows: those that moved most."""
 LONGEST_TASK = 12
-"""Characters of a task's name above a column of `boundary_table`."""
+"""The most characters of a task's name above a column of `boundary_table`."""
 
 Column = tuple[str, list[str]]
 """A head and the cells below it."""
@@ -52,13 +52,13 @@ Column = tuple[str, list[str]]
 
 @dataclass(frozen=True)
 class Table:
-    """A table of plain text: a renderable of rich, and what the `table` of report.html.j2 takes.
+    """A table of plain text, for rich and for the macro `table` of report.html.j2.
 
     Attributes:
         heads: the head of each column.
         rows: lines of cells, one cell under each head.
-        words: positions of the columns of words, set flush left and wrapped where they must be.
-            All others are numbers, set flush right and never wrapped.
+        words: positions of the columns of words, flush left and wrapped if necessary. All others
+            are numbers, flush right and never wrapped.
         unbroken: positions of columns of words that are not wrapped; a narrow terminal cuts them,
             down to `NARROWEST` characters.
         title: a line above the table.
@@ -71,7 +71,7 @@ class Table:
     title: str = ""
 
     def fits(self, width: int) -> bool:
-        """Return whether a terminal of `width` columns shows it with every number whole."""
+        """Return whether a terminal of `width` columns has room for every number."""
         cut = [
             min(column, NARROWEST) if place in self.unbroken else column
             for place, column in enumerate(self._widths)
@@ -122,10 +122,10 @@ def boundary_table(
     """Yield a table of weights, influence and tokens of each domain, and lines that explain it.
 
     Args:
-        former_row: the ledger's row of the stage before; None: there is none.
-        row: that of the stage that begins.
-        width: columns of the terminal. Where influence on each task has no room, its mean is given.
-        most_tasks: of more tasks, the mean is given too.
+        former_row: the ledger's row of the stage before, or None.
+        row: the ledger's row of the stage that begins.
+        width: columns of the terminal. Without room for influence on each task, its mean is shown.
+        most_tasks: with more tasks, the mean is shown too.
     """
     former = former_row.weights if former_row else row.weights
     moved = moves(former, row.weights)
@@ -159,7 +159,7 @@ def boundary_table(
 
 
 def _influence_by_task(influence: Influence, shown: int) -> tuple[list[Column], str]:
-    """Return a column for each task, of the first `shown` domains, and the unit of all."""
+    """Return a column for each task, of the first `shown` domains, and their unit."""
     values_VD, errors_VD = influence.values_VD[:, :shown], influence.errors_VD[:, :shown]
     largest = np.nan_to_num(np.abs([values_VD, errors_VD])).max(initial=0.0)
     exponent = math.floor(math.log10(largest)) if largest > 0 else 0
@@ -188,8 +188,8 @@ def losses_table(task_losses: Mapping[str, Answer], head: str, columns: Mapping[
 
     Args:
         task_losses: `tasks` of one of the `losses` that :func:`answers.compare` returns.
-        head: stands above the tasks.
-        columns: what each column shows of an entry ("first", "second" or "difference"), by head.
+        head: the head of the column of tasks.
+        columns: the part of an entry ("first", "second" or "difference") in each column, by head.
     """
     lines = [(clean(task), entry) for task, entry in task_losses.items()]
     if len(lines) > 1:
@@ -208,7 +208,7 @@ def losses_table(task_losses: Mapping[str, Answer], head: str, columns: Mapping[
 
 
 def show_summary(answer: Answer, console: Console) -> None:
-    """Print the run in words, a line for each boundary, and the reason of the last one."""
+    """Print the run in words, a line for each boundary, and the reason for the last one."""
     _say(console, answer["words"])
     rows = []
     for boundary in answer["boundaries"]:
@@ -287,7 +287,7 @@ def _relative(entry: Answer, scale: float) -> str:
 
 
 def show_why(found: Explanation, console: Console) -> None:
-    """Print what pushed a domain's weight, and what each push has made of the change."""
+    """Print what pushed a domain's weight, and how much of the change is due to each push."""
     name = clean(found.domain)
     _say(
         console,
@@ -306,7 +306,7 @@ def show_why(found: Explanation, console: Console) -> None:
 
 
 def _pushes(found: Explanation) -> list[list[str]]:
-    """Return a row for each part: its push, and what it has made of the change, in points."""
+    """Return a row for each part: its push, and its part of the change, in points."""
     change = found.change
     search = change.search if change else 0.0
     gains = change.gain if change else dict.fromkeys(found.gain)

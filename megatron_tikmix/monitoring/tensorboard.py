@@ -1,10 +1,10 @@
-"""A run in TensorBoard: Megatron's usual scalars, and what the mixture adds to them.
+"""A run in TensorBoard: Megatron's usual scalars, and those of the mixture.
 
 `TensorBoardWriter` writes the rows of a run; below it are the layout of the Custom Scalars tab, the
 settings for the HParams tab, and an influence matrix as a bitmap for the Images tab.
 
-The horizontal axis is the iteration throughout: Megatron's "... vs samples" twins are left out,
-for a resumed run hides old points by their step, and would take samples for iterations.
+The horizontal axis is always the iteration. Megatron's "... vs samples" charts are left out: a
+resumed run hides old points by their step, and would mistake samples for iterations.
 Tags are stable; docs/monitoring.md lists them.
 """
 
@@ -47,31 +47,31 @@ AUDITED = ("predicted", "difference", "low", "high")
 
 HPARAM_SECTIONS = ("model", "data", "train", "optimizer", "scheduler", "remix", "probe")
 METRICS = ("validation/mean_loss", "lm loss")
-"""Tags that the HParams tab compares runs by."""
+"""Tags by which the HParams tab compares runs."""
 
 WEIGHTS = ("weight", "realised")
 MOST_BANDS, FEW_CHARTS = 12, 8
-"""Domains in one chart, at most; a category of more charts is closed when the tab opens."""
+"""The most domains in a chart; and the most charts in a category that is open at first."""
 
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 CELL_WIDTH, BARE_CELL_WIDTH, GAP, LETTERS = 64, 24, 2, 24
-"""Pixels of a heat map's cell with a number, of one without, and between cells, before enlarging;
-characters of a name."""
+"""Pixels before enlarging, of a heat map's cell with a number, of one without, and between cells;
+then the most characters of a name."""
 
 FEW_CELLS, ENLARGED = 400, 3
-"""A matrix of so few cells has numbers in them, and is drawn so many times as large: TensorBoard
-shrinks a picture to the width of its card by leaving out pixels, and with a thin stroke a + would
-become a −."""
+"""A matrix of at most so many cells has numbers in them, and is enlarged by this factor, since
+TensorBoard shrinks a picture to the width of its card by dropping pixels: a thin + would become −.
+"""
 
 
 class TensorBoardWriter:
-    """Writes the rows of `metrics.jsonl` and of the ledger as they come, on one rank.
+    """Writes the rows of `metrics.jsonl` and of the ledger as they are made, on one rank.
 
     A run resumed after `iteration` passes `purge_step=iteration + 1`, which hides what the killed
     run wrote after its checkpoint.
 
     Args:
-        sequence_length: tokens in a sample; None: tokens are left out.
+        sequence_length: tokens in a sample; None: no scalars of tokens are written.
         in_force: weights of the stage in which a run is resumed.
     """
 
@@ -82,12 +82,12 @@ class TensorBoardWriter:
         sequence_length: int | None = None,
         in_force: Mapping[str, float] | None = None,
     ) -> None:
-        # Imported here: it costs a second, and only one rank needs it.
+        # Imported here, since it takes a second and only one rank needs it.
         from torch.utils.tensorboard import SummaryWriter
 
         self._writer = SummaryWriter(str(log_dir), purge_step=purge_step, flush_secs=30)
         self._sequence_length = sequence_length
-        # Iterations whose evaluation and consumption are written; a resumed run has both already.
+        # The last iterations with evaluation and consumption written; resuming sets both.
         self._evaluated = self._counted = purge_step - 1 if purge_step else None
         self._weights = in_force
         self._pending: list[tuple[str, float]] = []
@@ -134,7 +134,7 @@ class TensorBoardWriter:
         self._write(iteration)
 
     def stage(self, row: StageRow, former: StageRow | None = None) -> None:
-        """Write a stage of the mixture; from the row of the stage before follow moves and cost."""
+        """Write a stage of the mixture, with moves and cost since the row of the stage before."""
         iteration = row.start_iteration
         self._write_layout(row)
         self._weights = row.weights
@@ -192,7 +192,7 @@ class TensorBoardWriter:
         epochs: Mapping[str, float] | None,
         samples: Mapping[str, float] | None,
     ) -> None:
-        """Write what was drawn from each domain so far."""
+        """Write the samples drawn from each domain so far."""
         # As with evaluations: the end of an interval is in a metrics row and in the ledger.
         if iteration == self._counted:
             return
@@ -203,7 +203,7 @@ class TensorBoardWriter:
             self._scalars("mixture/tokens", tokens)
 
     def _cost(self, row: StageRow, former: StageRow | None) -> None:
-        """Write the shares of the probe and of all deciding in the compute since the last stage."""
+        """Write the probe's and all deciding's shares of the compute since the last stage."""
         parts = spent(row)
         if not parts or former is None:
             return
@@ -219,7 +219,7 @@ class TensorBoardWriter:
         self._scalar("decision/seconds", sum(seconds))
 
     def _solver(self, solution: Mapping[str, Any]) -> None:
-        """Write the answer's value, and its certificate."""
+        """Write the solution's value, and its certificate."""
         for field, tag in SOLVER_TAGS.items():
             self._scalar(f"solver/{tag}", solution.get(field))
         for field, tag in CERTIFICATE_TAGS.items():
@@ -227,7 +227,7 @@ class TensorBoardWriter:
             self._scalar(f"solver/{tag}", certificate.get(field))
 
     def _audit(self, audit: Mapping[str, Any]) -> None:
-        """Write what was predicted and realised, overall and for each task."""
+        """Write predicted and realised gains, overall and for each task."""
         for field in AUDITED:
             self._scalar(f"audit/{field}", audit.get("overall", {}).get(field))
             for task, found in audit.get("tasks", {}).items():
@@ -250,7 +250,7 @@ class TensorBoardWriter:
             self._pending.append((tag, value))
 
     def _write(self, iteration: int) -> None:
-        """Write all that is pending as one event: one for each is slow with hundreds of domains."""
+        """Write all pending values as one event; one for each is slow with hundreds of domains."""
         from tensorboard.compat.proto.summary_pb2 import Summary
 
         values = [Summary.Value(tag=tag, simple_value=value) for tag, value in self._pending]
@@ -353,7 +353,7 @@ def layout_of(
 def layout_summary(domains: Sequence[str], tasks: Sequence[str], **writes: bool) -> Any:
     """Return :func:`layout_of` as a `Summary` for an event file.
 
-    Torch's `custom_scalars` makes such a one too, but knows no margin chart of several series.
+    Torch's `custom_scalars` cannot make margin charts of several series.
     """
     from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
     from tensorboard.compat.proto.tensor_pb2 import TensorProto
@@ -391,7 +391,7 @@ def _tags(kinds: Sequence[str], domains: Sequence[str]) -> list[str]:
 
 
 def hparams_of(config: Mapping[str, Any]) -> dict[str, str | float | bool]:
-    """Return the settings of a resolved configuration that runs are compared by, by dotted name."""
+    """Return the settings by which runs are compared, by dotted name."""
     sections = {name: config.get(name) for name in HPARAM_SECTIONS}
     found = dict(_flat({"seed": config.get("seed"), **sections}))
     return {
@@ -410,7 +410,7 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 
 
 def predicted_gain(row: StageRow) -> dict[str, float]:
-    """Return what the solver's answer gains on each task over the mixture before.
+    """Return the solution's predicted gain on each task over the mixture before.
 
     The unit is the largest influence of any domain on the task. Empty where nothing was solved.
     """
@@ -422,7 +422,7 @@ def predicted_gain(row: StageRow) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Grid:
-    """The places of a heat map's cells, in pixels."""
+    """The positions of a heat map's cells, in pixels."""
 
     left: int
     top: int
@@ -437,7 +437,7 @@ class Grid:
 
 
 def heat_map_image(matrix: Influence) -> tuple[NDArray[np.uint8], Grid]:
-    """Draw domains down, tasks across, each task over its largest entry; grey is within noise.
+    """Draw domains down and tasks across, each task relative to its largest entry; noise is grey.
 
     Returns:
         Pixels, uint8 of shape (height, width, 3), and the grid of their cells.

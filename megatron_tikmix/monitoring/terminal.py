@@ -1,4 +1,4 @@
-"""What a run prints while it trains: all of it on rank 0, on standard error.
+"""The output of a run while it trains: by rank 0, on standard error.
 
 A terminal shows a progress bar with tables above it. A log file gets one line for each logged step,
 as from Megatron-LM, and tables of at most 100 columns.
@@ -28,7 +28,7 @@ from megatron_tikmix.monitoring.words import (
 
 LOG_COLUMNS = 100
 MOST_TASKS = 6
-"""Tasks that are listed one by one; of more, the mean is shown."""
+"""The most tasks that are listed one by one; with more, only the mean is shown."""
 
 
 class Terminal:
@@ -96,7 +96,7 @@ class Terminal:
         )
 
     def status(self, text: str) -> None:
-        """Show what goes on between steps: "probe: 3/48 sub-batches". A log has each phase once."""
+        """Show progress between steps, "probe: 3/48 passes"; a log file gets each phase once."""
         phase = text.partition(":")[0]
         if self._bar is not None:
             self._bar.update(self._task, description=clean(text))
@@ -110,7 +110,7 @@ class Terminal:
         row: StageRow,
         domain_tokens: Mapping[str, float],
     ) -> None:
-        """Show a new stage, from its row of the ledger: what moved, on what evidence, and why."""
+        """Show a new stage from its row of the ledger: what moved, on what evidence, and why."""
         self.say("")
         for part in boundary_table(former_row, row, domain_tokens, self._console.width, MOST_TASKS):
             self._console.print(part)
@@ -138,7 +138,7 @@ class Terminal:
         probe_token_share: float | None = None,
         probe_time_share: float | None = None,
     ) -> None:
-        """Say where everything is, and what measuring cost."""
+        """Print where the run's files are, and what probes cost."""
         self.close()
         run_dir = Path(run_dir)
         lines = [f"Done: {self._total} iterations in {duration(self._clock() - self._began)}."]
@@ -157,7 +157,7 @@ class Terminal:
             self.say(line, whole_line=True)
 
     def say(self, text: str, whole_line: bool = False) -> None:
-        """Print plain text; `whole_line` leaves lines unwrapped that are searched or copied."""
+        """Print plain text; `whole_line` does not wrap lines, so that they can be searched."""
         self._console.print(text, markup=False, highlight=False, emoji=False, soft_wrap=whole_line)
 
     def _seconds_left(self, iteration: int) -> float | None:

@@ -1,11 +1,11 @@
-"""Numbers, names and decisions as people read them, in the report, TensorBoard and terminal alike.
+"""Numbers, names and decisions in words, for the report, TensorBoard and the terminal.
 
-The second half reads one row of the ledger: the influence behind a decision, what it moved, what
-it cost, and the decision in a few sentences. Compute is counted in tokens of training: a token that
-goes forward and backward is one, a token that only goes forward (in an evaluation) is a third, for
-a backward pass costs twice as much as a forward pass.
+The second half reads one row of the ledger: the influence behind a decision, its moves, its cost,
+and the decision in a few sentences. Compute is counted in tokens of training: a token that goes
+forward and backward is one, a token that only goes forward (in an evaluation) is a third, since a
+backward pass costs twice as much as a forward pass.
 
-Letters as everywhere: V tasks, D domains.
+Letters: V tasks, D domains.
 """
 
 import math
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from megatron_tikmix.decision.ledger import StageRow
 
 DASH = "\N{EN DASH}"
-"""Stands where there is no number."""
+"""The placeholder for a missing number."""
 UNITS = ["", " k", " M", " B", " T"]
 
 FORWARD = 1 / 3
@@ -80,7 +80,7 @@ def clean(name: object) -> str:
 
 
 def shorten(name: object, width: int) -> str:
-    """Return at most `width` characters of a name: its ends, for names differ there."""
+    """Return at most `width` characters of a name: both ends, where names differ most."""
     text = clean(name)
     if len(text) <= width:
         return text
@@ -104,7 +104,7 @@ class Influence:
     def of(cls, row: StageRow, domains: Sequence[str] | None = None) -> "Influence | None":
         """Return the matrix of a ledger row, its columns in the order of `domains`, or None.
 
-        What the row does not hold (a domain that came later, a number that was not finite) is NaN.
+        Entries missing in the row (of a later domain, or not finite) are NaN.
         """
         matrix = row.influence
         if matrix is None:
@@ -169,7 +169,7 @@ class Move:
 
 
 def moves(former: Mapping[str, float], weights: Mapping[str, float]) -> list[Move]:
-    """Return what changed between two mixtures, the largest change first."""
+    """Return each domain's change between two mixtures, the largest first."""
     names = dict.fromkeys([*former, *weights])
     found = [Move(name, former.get(name, 0.0), weights.get(name, 0.0)) for name in names]
     return sorted(found, key=lambda move: -abs(move.change))
@@ -177,7 +177,7 @@ def moves(former: Mapping[str, float], weights: Mapping[str, float]) -> list[Mov
 
 @dataclass(frozen=True)
 class Spent:
-    """What one part of a boundary took.
+    """The cost of one part of a boundary.
 
     Attributes:
         kind: "probe", "rollouts" or "audit".
@@ -202,7 +202,7 @@ class Spent:
 
 
 def spent(row: StageRow) -> list[Spent]:
-    """Return the parts of the boundary before a stage."""
+    """Return the cost of each part of the boundary before a stage."""
     parts = []
     if row.probe_tokens:
         parts.append(Spent("probe", row.probe_tokens, 0, row.probe_seconds))
@@ -234,7 +234,7 @@ def decision_in_words(former: StageRow | None, row: StageRow) -> str:
 
 
 def cost_in_words(row: StageRow) -> str:
-    """Say what each part of this boundary took, and what the audit found; empty without any."""
+    """Say what each part of the boundary cost, and what the audit found; empty without any."""
     sentences = []
     for part in spent(row):
         name = part.kind.capitalize()

@@ -4,7 +4,7 @@
 
     sources.py   --input values -> the files of every domain and split
     readers.py   a file -> parts of it -> documents, or what is wrong with them
-    parts.py     one part -> tokens in a pair of files of its own; the unit of work and of restarts
-    publish.py   parts -> one pair a split, and the manifest, all of it or nothing
+    parts.py     one part -> tokens in its own pair of files; the unit of work and of restarts
+    publish.py   parts -> one pair for each split, and the manifest, all of it or nothing
     pipeline.py  all of that over processes and shards
 """

@@ -1,4 +1,4 @@
-"""One part of a file, as tokens in a pair of files of its own: the unit of work and of restarts."""
+"""Encoding one part of a file to its own pair of token files: the unit of work and of restarts."""
 
 import dataclasses
 import hashlib
@@ -17,15 +17,15 @@ from megatron_tikmix.jsonl import BadDocument
 from megatron_tikmix.prepare.readers import Document, Part, Reading, documents
 
 BATCH_CHARACTERS = 1 << 18  # what a thread encodes at a time; 100 bytes of memory a token
-_FORMAT = 1  # of the output; another one makes all of it again
+_FORMAT = 1  # of the output; changing it makes all output anew
 
 
 @dataclass(frozen=True)
 class Encoding:
-    """All that the bytes of the output depend on, besides the text.
+    """Everything on which the bytes of the output depend, besides the text.
 
     Attributes:
-        on_error: ``stop`` at a document that is not what it must be, or ``skip`` and count it.
+        on_error: ``stop`` at a bad document, or ``skip`` and count it.
     """
 
     tokenizer: TokenizerFiles
@@ -35,24 +35,24 @@ class Encoding:
     on_error: Literal["stop", "skip"] = "stop"
 
     def describe(self) -> list[object]:
-        """Return a value that is equal for encodings that give the same tokens."""
+        """Return plain values that are equal for encodings that give the same tokens."""
         reading = dataclasses.asdict(self.reading)
-        return [_FORMAT, self.tokenizer.fingerprint(), self.vocab_size, self.eod, reading]
+        return [_FORMAT, self.tokenizer.checksum(), self.vocab_size, self.eod, reading]
 
 
 @dataclass(frozen=True)
 class Counts:
-    """How many documents, tokens and bytes some text gave, and what was skipped."""
+    """The numbers of documents, tokens and bytes of some text, and what was skipped of it."""
 
     documents: int = 0
     empty: int = 0
     tokens: int = 0
     text_bytes: int = 0
     skipped: dict[str, int] = field(default_factory=dict)
-    """How many documents were left out, by reason."""
+    """Number of skipped documents, by reason."""
 
     examples: dict[str, str] = field(default_factory=dict)
-    """The first of each reason, in a sentence."""
+    """A sentence on the first document skipped for each reason."""
 
     def __add__(self, other: "Counts") -> "Counts":
         reasons = {**self.skipped, **other.skipped}
@@ -67,7 +67,7 @@ class Counts:
 
 
 class PartWriter:
-    """Encodes parts; a process has one."""
+    """Encodes parts; there is one for each process."""
 
     def __init__(self, encoding: Encoding, threads: int) -> None:
         self._encoding = encoding
@@ -77,15 +77,15 @@ class PartWriter:
         self._batch_characters = BATCH_CHARACTERS * threads
 
     def write(self, part: Part, prefix: Path, advance: Callable[[int], None]) -> Counts:
-        """Write ``<prefix>.bin/.idx``, and last ``<prefix>.json``, which says that they are whole.
+        """Write ``<prefix>.bin/.idx``, and last ``<prefix>.json``, which marks them as complete.
 
-        A part without documents has no pair.
+        A part without documents has no ``.bin/.idx``.
 
         Args:
-            advance: called with the part's bytes that are done since it was last called.
+            advance: called with the number of bytes processed since the last call.
 
         Raises:
-            BadDocument: a document is not what it must be, and `on_error` is ``stop``.
+            BadDocument: a document is bad, and `on_error` is ``stop``.
         """
         unfinished = prefix.with_name(f"{prefix.name}.{os.getpid()}.tmp")
         files = [Path(f"{unfinished}.{suffix}") for suffix in ("bin", "idx", "json")]
@@ -108,7 +108,7 @@ class PartWriter:
         return counts
 
     def _batches(self, part: Part) -> Iterator[tuple[list[Document], Counts]]:
-        """Consecutive documents, enough for the threads at a time, and what was skipped."""
+        """Yield batches of documents, large enough for all threads, and count what is skipped."""
         batch: list[Document] = []
         bad, size = Counts(), 0
         for document in documents(part, self._encoding.reading):
@@ -144,7 +144,7 @@ class PartWriter:
 
 
 def finished(prefix: Path) -> Counts | None:
-    """Return the counts of a part that was written to its end; None if it was not."""
+    """Return the counts of a part that was written completely, else None."""
     try:
         return Counts(**json.loads(Path(f"{prefix}.json").read_text(encoding="utf-8")))
     except FileNotFoundError:
@@ -164,7 +164,7 @@ def source_digest(files: tuple[Path, ...], encoding: Encoding) -> str:
 
 
 def import_indexed_dataset() -> Any:
-    """Import megatron-core's module late: it takes seconds, and bad input is found before."""
-    with warnings.catch_warnings(action="ignore"):  # on what a GPU would want installed
+    """Import megatron-core's module late: it takes seconds, and bad input is to be found before."""
+    with warnings.catch_warnings(action="ignore"):  # about packages that only a GPU needs
         from megatron.core.datasets import indexed_dataset
     return indexed_dataset

@@ -1,4 +1,4 @@
-"""Parts of all sources, encoded in several processes, on several machines, and across restarts."""
+"""Encodes the parts of all sources, in several processes, on several machines, across restarts."""
 
 import multiprocessing
 import re
@@ -15,7 +15,7 @@ from megatron_tikmix.prepare.readers import Part, parts_of
 from megatron_tikmix.prepare.sources import Source
 
 PART_BYTES = 64 << 20
-SMALL_BYTES = 16 << 20  # less than so much for each is not worth another process
+SMALL_BYTES = 16 << 20  # less than this per process is not worth another process
 Advance = Callable[[int], None]
 
 
@@ -24,13 +24,13 @@ class Job:
     """A source, and the folder in which its parts are made.
 
     Attributes:
-        fingerprint: of the source's files and the encoding; part of the folder's name.
+        source_digest: digest of the source's files and the encoding; part of the folder's name.
     """
 
     source: Source
     parts: tuple[Part, ...]
     folder: Path
-    fingerprint: str
+    source_digest: str
 
     def prefix(self, number: int) -> Path:
         """Return the prefix of the files of part number `number`."""
@@ -42,13 +42,13 @@ class Job:
         return self.folder / "merged"
 
     def folders(self) -> list[Path]:
-        """The job's folder, and those of earlier texts and options of the same split."""
-        # The rest of the name is matched exactly: other splits' may begin with this one's.
+        """Return this split's folders: the job's own, and those of earlier texts or options."""
+        # The rest of the name must match exactly: another split's prefix may begin with this one.
         pattern = rf"{re.escape(self.source.prefix)}-[0-9a-f]{{16}}-\d+"
         return [path for path in self.folder.parent.iterdir() if re.fullmatch(pattern, path.name)]
 
     def missing(self) -> list[int]:
-        """The parts that are still to be made."""
+        """Return the numbers of the parts that are still to be made."""
         if finished(self.merged) is not None:
             return []
         return [n for n in range(len(self.parts)) if finished(self.prefix(n)) is None]
@@ -75,10 +75,10 @@ def encode(
     shard: tuple[int, int] = (0, 1),
     advance: Advance = lambda done: None,
 ) -> None:
-    """Make the parts that are missing, of the share of them that is shard (i, n)'s.
+    """Make the missing parts, or shard i of n equal shares of them.
 
     Raises:
-        InputError: a document is not what it must be; parts made until then stay.
+        InputError: a document is bad; parts made until then are kept.
     """
     index, count = shard
     places = [(job, n) for job in jobs for n in range(len(job.parts))]
@@ -111,7 +111,7 @@ def _in_processes(
     threads: int,
     advance: Advance,
 ) -> None:
-    # Not forked from here, where the tokenizer and the progress bar have threads.
+    # Not forked from this process, in which the tokenizer and the progress bar have threads.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([f"{worker.__name__}_preloaded"])
     done = context.Value("q", 0)

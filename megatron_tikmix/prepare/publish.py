@@ -1,4 +1,4 @@
-"""Finished parts become one pair of files a split, and a manifest: all of it or nothing."""
+"""Merges finished parts into one pair of files for each split, and writes the manifest."""
 
 import dataclasses
 import gc
@@ -21,11 +21,11 @@ Splits = dict[str, dict[str, DomainSplit]]
 
 
 def merge(job: Job, encoding: Encoding) -> Counts:
-    """Write all parts of a job, in their order, as one pair, and delete them.
+    """Merge all parts of a job, in their order, into one pair, and delete them.
 
     Raises:
-        InputError: parts are missing, or a file (with ``on_error: skip``: all of them together)
-            had no documents.
+        InputError: parts are missing, or a file has no documents (with ``on_error: skip``: no
+            file has any).
     """
     done = finished(job.merged)
     if done is not None:
@@ -50,7 +50,7 @@ def merge(job: Job, encoding: Encoding) -> Counts:
                 os.replace(part, merged)
     else:
         builder = megatron.IndexedDatasetBuilder(f"{job.merged}.bin", dtype=dtype)
-        gc.freeze()  # add_index collects garbage every time: let it not look at all of torch
+        gc.freeze()  # add_index collects garbage every time, which is slow with torch's objects
         for prefix in filled:
             builder.add_index(str(prefix))
         gc.unfreeze()
@@ -75,18 +75,18 @@ def _check_documents(job: Job, counts: Sequence[Counts], total: Counts, encoding
             raise InputError(f"{path} has no documents with text; remove it, or add some")
 
 
-def still_whole(split: DomainSplit | None, fingerprint: str) -> bool:
-    """Whether a split was made from text and options of this fingerprint, and is untouched."""
-    if split is None or split.source != fingerprint:
+def still_whole(split: DomainSplit | None, source_digest: str) -> bool:
+    """Return whether a split was made from text and options of this digest, and is unchanged."""
+    if split is None or split.source != source_digest:
         return False
     try:
-        return TokenFiles.read(split.prefix, "").fingerprint() == split.fingerprint
+        return TokenFiles.read(split.prefix, "").checksum() == split.checksum
     except InputError:
         return False
 
 
 def adopt(values: Sequence[str], manifest: DomainManifest) -> Splits:
-    """The splits that ``--adopt`` values name: pairs that exist, which stay where they are.
+    """Return the splits that ``--adopt`` values name: existing pairs, which are not moved.
 
     Raises:
         InputError: a pair is missing or damaged, or was made with another tokenizer.
@@ -102,7 +102,7 @@ def adopt(values: Sequence[str], manifest: DomainManifest) -> Splits:
         files = TokenFiles.read(Path(prefix), f"--adopt {value}")
         files.check_ids(manifest.vocab_size, "--tokenizer")
         found.setdefault(domain, {})[split] = DomainSplit(
-            files.prefix, files.documents, files.tokens, files.fingerprint()
+            files.prefix, files.documents, files.tokens, files.checksum()
         )
     return found
 
@@ -114,19 +114,19 @@ def publish(
     kept: Splits,
     order: Sequence[tuple[str, str]],
 ) -> DomainManifest:
-    """Rename the merged pairs to their place beside the manifest, and write the manifest last.
+    """Move the merged pairs beside the manifest, and write the manifest last.
 
-    Interrupted, it leaves a manifest that lists only what is whole, or none; the same call then
-    goes on.
+    After an interruption there is a manifest that lists only complete pairs, or none, and the same
+    call continues.
 
     Args:
-        manifest: what it is to say of the tokenizer; its path is where all is written.
-        tokenizer: is copied beside it, unless it lies there.
-        kept: splits that are in the manifest, or are to be, as they are.
-        order: (domain, split) of those that come first.
+        manifest: gives the path, and the fields on the tokenizer.
+        tokenizer: is copied beside the manifest, unless it is there already.
+        kept: splits to be listed unchanged, whether or not they were listed before.
+        order: (domain, split) of the splits to be listed first.
     """
     output = manifest.path.parent
-    if jobs:  # what is listed meanwhile must not be what is being replaced
+    if jobs:  # meanwhile the manifest must not list pairs that are being replaced
         if kept and manifest.path.exists():
             replace(manifest, domains=kept).save()
         else:
@@ -147,7 +147,7 @@ def publish(
                 f"{counts.documents} were written: does another run write there? start again"
             )
         found[job.source.domain, job.source.split] = DomainSplit(
-            files.prefix, files.documents, files.tokens, files.fingerprint(), job.fingerprint
+            files.prefix, files.documents, files.tokens, files.checksum(), job.source_digest
         )
     domains: Splits = {}
     for domain, name in [*order, *found]:

@@ -1,7 +1,8 @@
-"""Documents from files of every kind, in parts that can be read apart.
+"""Reads documents from files of every kind, in parts that can be read separately.
 
-The kinds are those that Hugging Face `datasets` reads from disk. The standard library reads lines,
-since it knows where in the file a bad one is; pyarrow reads columns, `datasets` its own folders.
+The kinds are those that Hugging Face `datasets` reads from disk. Lines are read by the standard
+library, which can tell the position of a bad one, columns by pyarrow, and folders of `datasets` by
+`datasets`.
 """
 
 from collections.abc import Iterable, Iterator
@@ -27,7 +28,7 @@ _SUFFIXES: dict[str, Kind] = {
 
 @dataclass(frozen=True)
 class Document:
-    """A document, and the bytes that it takes in its file, as far as they are known."""
+    """A document, and the bytes that it takes in its file, if known."""
 
     text: str
     bytes: int
@@ -35,12 +36,12 @@ class Document:
 
 @dataclass(frozen=True)
 class Part:
-    """A piece of a file that can be read apart from the others.
+    """A piece of a file that can be read separately.
 
     Attributes:
-        start, stop: bytes of a plain file of lines, row groups of Parquet, rows of an Arrow folder.
-            `stop` None: to the end.
-        bytes: what it takes of the file, about.
+        start, stop: bytes of a plain file of lines, row groups of Parquet, or rows of an Arrow
+            folder. `stop` None: to the end.
+        bytes: its approximate size in the file.
     """
 
     path: Path
@@ -51,11 +52,11 @@ class Part:
 
 @dataclass(frozen=True)
 class Reading:
-    """How documents are taken from files.
+    """The options for reading documents from files.
 
     Attributes:
-        field: holds the text, in JSON and in columns.
-        sample_by: what one document is in a text file.
+        field: the name of the field or column that holds the text.
+        sample_by: the unit of a text file that is one document.
     """
 
     field: str
@@ -63,7 +64,7 @@ class Reading:
 
 
 def kind_of(path: Path) -> Kind | None:
-    """Return the kind of a file by the end of its name; None if it cannot be read."""
+    """Return the kind of a file by its suffix; None if it cannot be read."""
     if path.is_dir():
         return "arrow" if is_dataset_folder(path) else None
     inner = Path(path.stem) if path.suffix in COMPRESSED else path
@@ -72,12 +73,12 @@ def kind_of(path: Path) -> Kind | None:
 
 
 def is_dataset_folder(path: Path) -> bool:
-    """Whether the folder was written by `datasets` (``Dataset.save_to_disk``)."""
+    """Return whether the folder was written by `datasets` (``Dataset.save_to_disk``)."""
     return (path / "state.json").is_file() and (path / "dataset_info.json").is_file()
 
 
 def parts_of(path: Path, part_bytes: int) -> list[Part]:
-    """The file's parts, of about `part_bytes` each: the same whoever asks.
+    """Divide a file into parts of about `part_bytes` each, the same on every machine.
 
     Raises:
         InputError: the package that reads its kind is missing.
@@ -95,10 +96,10 @@ def parts_of(path: Path, part_bytes: int) -> list[Part]:
 
 
 def documents(part: Part, reading: Reading) -> Iterator[Document | BadDocument]:
-    """The part's documents; and in place of one that is not what it must be, what is wrong.
+    """Yield the part's documents, and for each bad one the BadDocument that says what is wrong.
 
     Raises:
-        InputError: the file cannot be read at all, or not without a choice of `sample_by`.
+        InputError: the file cannot be read at all, or only with a choice of `sample_by`.
     """
     try:
         kind = kind_of(part.path)
@@ -110,7 +111,7 @@ def documents(part: Part, reading: Reading) -> Iterator[Document | BadDocument]:
             yield from _text(part, reading.sample_by)
         else:
             yield from _json(part, reading.field)
-    except BadDocument as error:  # the rest of the file is lost
+    except BadDocument as error:  # the rest of the file cannot be read
         yield error
 
 
@@ -147,7 +148,7 @@ def _text(part: Part, sample_by: SampleBy | None) -> Iterator[Document | BadDocu
 
 
 def _decoded(path: Path, last: int, lines: list[bytes], whole: bool) -> Document | BadDocument:
-    """The text of consecutive lines, of which `last` is the number of the last."""
+    """Decode consecutive lines, the last of which has number `last`, as one document."""
     content = b"".join(lines)
     try:
         text = content.decode()
@@ -166,7 +167,7 @@ def _parts_of_parquet(path: Path, part_bytes: int) -> list[Part]:
     try:
         metadata = _parquet_file(path).metadata
     except BadDocument:
-        return [Part(path, 0, None, path.stat().st_size)]  # reading it will tell
+        return [Part(path, 0, None, path.stat().st_size)]  # reading it will report the damage
     sizes = [metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups)]
     parts, start = [], 0
     for stop in range(1, len(sizes) + 1):

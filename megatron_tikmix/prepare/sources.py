@@ -1,4 +1,4 @@
-"""Which files hold the text of which split of which domain."""
+"""Finds the files that hold the text of each split of each domain."""
 
 import glob
 import re
@@ -12,7 +12,7 @@ from megatron_tikmix.errors import InputError
 from megatron_tikmix.jsonl import COMPRESSED
 from megatron_tikmix.prepare.readers import is_dataset_folder, kind_of
 
-# A split's name holds no underscore, so that <domain>_<split> can be read in one way only.
+# A split's name has no underscore, so that <domain>_<split> is unambiguous.
 SPLIT_NAME = r"[A-Za-z0-9.-]+"
 
 
@@ -34,7 +34,7 @@ class Source:
 
 
 def parse_named(option: str, value: str) -> tuple[str, str, str] | None:
-    """``DOMAIN:SPLIT=WHAT`` taken apart; None if `value` is not of that form.
+    """Split ``DOMAIN:SPLIT=WHAT`` into its parts; return None if `value` is not of that form.
 
     Raises:
         InputError: the domain or the split cannot be part of a file name.
@@ -47,10 +47,10 @@ def parse_named(option: str, value: str) -> tuple[str, str, str] | None:
 
 
 def find_sources(inputs: Sequence[str]) -> list[Source]:
-    """The sources that ``--input`` values name, in the order given; a folder's by name.
+    """Return the sources that ``--input`` values name, in the order given; a folder's by name.
 
     Raises:
-        InputError: there is nothing of that name, or it is no kind of text that can be read.
+        InputError: there is nothing of that name, or it is not of a kind that can be read.
     """
     found: dict[tuple[str, str], list[Path]] = {}
     for value in inputs:
@@ -71,7 +71,7 @@ def find_sources(inputs: Sequence[str]) -> list[Source]:
 
 
 def _matching(value: str, pattern: str) -> list[Path]:
-    """The files of ``DOMAIN:SPLIT=PATTERN``: one file, all of a folder, or what matches."""
+    """Return the files of ``DOMAIN:SPLIT=PATTERN``: one file, all of a folder, or all matches."""
     paths = [Path(pattern)] if Path(pattern).exists() else sorted(map(Path, glob.glob(pattern)))
     if not paths:
         raise InputError(f"--input {value}: no such file, and no file matches the pattern")
@@ -91,7 +91,7 @@ KINDS = (
 
 
 def _files(path: Path) -> list[Path]:
-    """`path`, or what can be read anywhere in it."""
+    """Return `path`, or if it is a folder all readable files anywhere in it."""
     if not path.is_dir() or is_dataset_folder(path):
         return [path]
     found: list[Path] = []
@@ -104,7 +104,7 @@ def _files(path: Path) -> list[Path]:
 
 
 def _in_folder(folder: Path) -> Iterator[tuple[str, str, list[Path]]]:
-    """(domain, split, files) of ``<domain>/<split>.jsonl``, or another kind, or a folder of it."""
+    """Yield (domain, split, files) of each ``<domain>/<split>.jsonl``, or other kind, or folder."""
     if not folder.is_dir():
         raise InputError(
             f"--input {folder}: no such folder; give a folder, or DOMAIN:SPLIT=FILE for one file"

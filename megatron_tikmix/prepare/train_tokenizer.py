@@ -1,4 +1,4 @@
-"""A byte-level BPE, trained on the text at hand."""
+"""Trains a byte-level BPE tokenizer on the text to be preprocessed."""
 
 import hashlib
 from collections.abc import Iterator, Sequence
@@ -22,10 +22,10 @@ def train_tokenizer(
     skip_bad: bool,
     folder: Path,
 ) -> TokenizerFiles:
-    """Train a tokenizer and save it in `folder`; every text has tokens, which give it back.
+    """Train a tokenizer and save it in `folder`; it can encode any text, and decode it unchanged.
 
     Raises:
-        BadDocument: a document is not what it must be, unless `skip_bad`.
+        BadDocument: a document is bad, unless `skip_bad`.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -49,7 +49,7 @@ def train_tokenizer(
 def sample(
     sources: Sequence[Source], reading: Reading, max_characters: int, skip_bad: bool
 ) -> Iterator[str]:
-    """An equal share of every domain's train split, from the beginning of each of its files."""
+    """Yield text, an equal share of every domain's train split, from the start of each file."""
     train = [source for source in sources if source.split == "train"]
     for source in train:
         for path in source.files:

@@ -1,4 +1,4 @@
-"""A worker process: it holds one tokenizer, and writes the parts that it is given."""
+"""A worker process, which holds one tokenizer and writes the parts that it is given."""
 
 import os
 from pathlib import Path
@@ -13,14 +13,14 @@ _done: Any  # bytes that all workers have done, a shared integer with a lock
 
 
 def begin(encoding: Encoding, threads: int, done: Any) -> None:
-    """Prepare this process; called once, before its first part."""
+    """Prepare this process; to be called once, before its first part."""
     global _writer, _done
     limit_threads(threads)
     _writer, _done = PartWriter(encoding, threads), done
 
 
 def write(part: Part, prefix: Path) -> str | None:
-    """Write a part; return what is wrong with it in one sentence, or None."""
+    """Write a part; return None, or one sentence on what is wrong with it."""
 
     def advance(count: int) -> None:
         with _done.get_lock():
@@ -34,6 +34,6 @@ def write(part: Part, prefix: Path) -> str | None:
 
 
 def limit_threads(threads: int) -> None:
-    """Set how many threads this process encodes with; must precede its first encoding."""
+    """Set the number of threads that encode in this process; call it before the first encoding."""
     os.environ["RAYON_NUM_THREADS"] = str(threads)
     os.environ["TOKENIZERS_PARALLELISM"] = "true"

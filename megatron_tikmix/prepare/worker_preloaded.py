@@ -1,7 +1,7 @@
 """Imports megatron-core in the fork server, once for all worker processes.
 
-A module of its own, since importing a module is all that a fork server can be asked to do, and it
-must start no thread.
+It is a separate module, since a fork server can only be told to import modules, and must not start
+threads.
 """
 
 from megatron_tikmix.prepare.parts import import_indexed_dataset

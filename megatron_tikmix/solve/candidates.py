@@ -188,7 +188,7 @@ def _within_bounds(weights_ND: Array, lower_D: Array, upper_D: Array) -> Array:
 
 
 def _slacks(weights_ND: Array, region: Region) -> Array:
-    """What is left of every constraint but Pareto: bounds, groups, largest change, (N, K)."""
+    """Return the slack of every constraint but Pareto: bounds, groups, largest change, (N, K)."""
     parts: Sequence[Array] = [
         weights_ND - region.lower_D,
         region.upper_D - weights_ND,

@@ -33,12 +33,12 @@ class Multipliers:
     groups_M: Array
 
     change: float
-    """Of the limit to the total variation."""
+    """Price of the limit to the total variation."""
 
     pareto_V: Array
 
     cones_VD: Array | None = None
-    """Of the vectors e_i ∘ d in Pareto's cones; None without cones."""
+    """Prices of the vectors e_i ∘ d in Pareto's cones; None without cones."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Certificate:
     """L of the mixture less the lower bound, in units of L."""
 
     violation: float
-    """By how much the worst-kept constraint is broken, in weight or normalised influence."""
+    """Largest violation of a constraint, in weight or normalised influence."""
 
     @property
     def holds(self) -> bool:

@@ -38,7 +38,7 @@ class Conflict(NamedTuple):
 
     names: list[str]
     amount: float
-    """What they miss each other by, summed: in weight (in normalised influence for Pareto)."""
+    """The least sum of their violations, in weight (in normalised influence for Pareto)."""
 
     def __str__(self) -> str:
         listed = ", ".join(self.names[:_SHOWN])
@@ -82,7 +82,7 @@ class Region:
     """κ times the standard errors of `rows_VD`; None: a half-space a task."""
 
     def slacks(self, weights_D: Array) -> dict[str, float]:
-        """What is left of every constraint, by name; negative where it is broken."""
+        """Return the slack of every constraint, by name; negative where it is broken."""
         named = [
             *zip(self.lower_names, weights_D - self.lower_D, strict=True),
             *zip(self.upper_names, self.upper_D - weights_D, strict=True),

@@ -25,8 +25,8 @@ class MixtureSolution:
     within the hard constraints (the prior itself, if it keeps them), for the `reason` given."""
 
     reason: str
-    """In words: why the fallback, and which constraint had to give way; empty if there is nothing
-    to say."""
+    """The reason for a fallback, and the constraint that had to give way, in words; empty if there
+    is none."""
 
     objective: float
     uniformity: float
@@ -37,25 +37,25 @@ class MixtureSolution:
     """exp(entropy) of the mixture."""
 
     gain_before: dict[str, float]
-    """By task, under the prior."""
+    """Gain of each task under the prior."""
 
     gain_after: dict[str, float]
-    """By task, under the mixture."""
+    """Gain of each task under the mixture."""
 
     total_variation: float
-    """Of the mixture from the prior."""
+    """Distance of the mixture from the prior."""
 
     prior_violation: float
-    """By how much the prior breaks the hard constraint that it keeps worst; 0 if it keeps all."""
+    """Largest violation of a hard constraint by the prior; 0 if it keeps all."""
 
     active_constraints: list[str]
-    """Those met with equality: `lower:<domain>`, `upper:<domain>`, `fixed:<domain>`,
+    """Constraints met with equality: `lower:<domain>`, `upper:<domain>`, `fixed:<domain>`,
     `max_epochs:<domain>`, `group_lower:<group>`, `group_upper:<group>`, `total_variation`,
     `pareto:<task>`."""
 
     certificate: Certificate | None
-    """Of the mixture: feasible, and how far from the optimum at most; None for a fallback, and for
-    TiKMiX-M, whose outcomes are predicted."""
+    """Certificate of the mixture: its feasibility, and a bound on its distance from the optimum;
+    None for a fallback, and for TiKMiX-M, whose outcomes are predicted."""
 
     solver: str
     """`slsqp` or `clarabel`, whichever found the mixture (for a fallback, was tried last);
@@ -65,7 +65,7 @@ class MixtureSolution:
     iterations: int
 
     details: dict[str, Any] = field(default_factory=dict)
-    """What only one method has to tell, as plain values."""
+    """Details that only one method has, as plain values."""
 
     solve_seconds: float = field(compare=False)
 

@@ -39,7 +39,7 @@ class MeasuredCandidates:
 
 
 FEWEST_CANDIDATES = 16
-"""So many must be asked for; 13 of them must be measured, for the skill to be known."""
+"""The fewest candidates to ask for; 13 of them must be measured, for the skill to be known."""
 
 _FEWEST_MEASURED = 13
 _BROKEN = 1e9  # added to L where Pareto is broken: ranks below everything that keeps it

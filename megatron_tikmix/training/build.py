@@ -1,4 +1,4 @@
-"""Build everything, train, tear down."""
+"""Build all parts of a run, train, and shut down."""
 
 import time
 from collections.abc import Callable
@@ -26,19 +26,19 @@ from megatron_tikmix.training.stopping import SignalWatch, Stopping
 
 Made = TypeVar("Made")
 
-# How megatron-core refuses a configuration.
+# The exceptions by which megatron-core refuses a configuration.
 _REFUSALS = (ValueError, AssertionError, RuntimeError, TypeError, ImportError)
 
 
 def pretrain(config: RunConfig, resolved: str) -> None:
-    """Run `config` on the ranks that were launched; `resolved` is its YAML, for the record.
+    """Train `config` on the launched ranks; `resolved` is its YAML, written to the run's folder.
 
-    SIGTERM, SIGINT, `train.exit_interval` and `train.exit_duration_in_mins` end it early, with a
-    checkpoint that a run in the same directory goes on from.
+    SIGTERM, SIGINT, `train.exit_interval` and `train.exit_duration_in_mins` end the run early, with
+    a checkpoint from which a run in the same directory resumes.
 
     Raises:
         InputError: the configuration or the data cannot be trained on; nothing was trained.
-        TrainingError: training cannot go on.
+        TrainingError: training cannot continue.
     """
     started = time.monotonic()
     rank, _, world_size = launched_world()
@@ -51,20 +51,20 @@ def pretrain(config: RunConfig, resolved: str) -> None:
         config.model, config.seed, config.timeout_minutes, config.decision_timeout_minutes
     )
     try:
-        data = together(parallel, lambda: load_data(config))
+        data = make_on_all_ranks(parallel, lambda: load_data(config))
         recorder = Recorder(config, resolved, parallel)
-        together(parallel, recorder.open_folder)
+        make_on_all_ranks(parallel, recorder.open_folder)
         run = build(config, data, recorder, parallel)
 
         def begin() -> None:
-            # Told by the main rank alone, and it times a product for it.
+            # Only the main rank prints the plan, and timing a matrix product takes a while.
             plan = ""
             if parallel.is_main:
                 kernels = kernels_in_use(run.forward_backward.model, run.optimizer)
                 plan = f"{describe(config, world_size, data)}\n{'kernels':<12} {kernels}"
             recorder.begin(plan, run.state)
 
-        together(parallel, begin)
+        make_on_all_ranks(parallel, begin)
         with SignalWatch() as signals:
             run.stopping = Stopping(config.train, signals, started)
             try:
@@ -84,10 +84,10 @@ def pretrain(config: RunConfig, resolved: str) -> None:
 
 
 def load_data(config: MixtureSections) -> TrainingData:
-    """The domains, tasks and samples; checked against what a boundary will decide.
+    """Open the domains and tasks, and check that the configured decisions are possible on them.
 
     Raises:
-        InputError: data that cannot be trained on, or constraints that it does not fit.
+        InputError: the data cannot be trained on, or does not fit the constraints.
     """
     data = TrainingData(config)
     data.check_repetition(config)
@@ -98,13 +98,16 @@ def load_data(config: MixtureSections) -> TrainingData:
     return data
 
 
-def together(
+def make_on_all_ranks(
     parallel: Parallel, make: Callable[[], Made], refusals: tuple[type[Exception], ...] = ()
 ) -> Made:
-    """`make()` on every rank, or a refusal on every rank if it is refused on one. Collective.
+    """Return `make()`, or raise the same InputError on every rank if any rank fails. Collective.
+
+    Args:
+        refusals: further exceptions that count as input errors.
 
     Raises:
-        InputError: the first rank's refusal.
+        InputError: that of the first rank that failed.
     """
     made: list[Made] = []
     problem = None
@@ -122,8 +125,7 @@ def together(
 def build_training(
     config: RunConfig, data: TrainingData, parallel: Parallel
 ) -> tuple[ForwardBackward, Any, Any]:
-    """The model behind its forward-backward schedule, the optimizer and the lr scheduler.
-    Collective.
+    """Build the model, the optimizer and the learning-rate scheduler. Collective.
 
     Raises:
         InputError: megatron-core refuses the configuration.
@@ -141,7 +143,7 @@ def build_training(
         optimizer = build_optimizer(config, model, parallel)
         return model, optimizer, build_scheduler(config, optimizer)
 
-    model, optimizer, scheduler = together(parallel, make, _REFUSALS)
+    model, optimizer, scheduler = make_on_all_ranks(parallel, make, _REFUSALS)
     connect(model, optimizer)
     forward_backward = ForwardBackward(
         model,
@@ -160,7 +162,7 @@ def build_checkpointer(
     scheduler: Any,
     fingerprint: dict[str, Any],
 ) -> Checkpointer:
-    """What saves and loads the run's checkpoints."""
+    """Return the object that saves and loads the run's checkpoints."""
     return Checkpointer(
         Path(config.run_dir) / "checkpoints",
         forward_backward.model,
@@ -176,8 +178,8 @@ def build_checkpointer(
 
 
 def build(config: RunConfig, data: TrainingData, recorder: Recorder, parallel: Parallel) -> Run:
-    """All that a run is made of; brought back to the newest checkpoint in run_dir, if any."""
-    # The same on every rank: it follows from the configuration and the data's sizes.
+    """Build a run, and load the newest checkpoint in run_dir, if any. Collective."""
+    # The same on every rank, since it depends only on the configuration and the data's sizes.
     plan = plan_probe(config, parallel.world_size, data)
     forward_backward, optimizer, scheduler = build_training(config, data, parallel)
     state = TrainState(config.train.train_iters, data.initial_schedule())
@@ -226,7 +228,7 @@ def build(config: RunConfig, data: TrainingData, recorder: Recorder, parallel: P
 
 
 def check_followed(data: TrainingData, state: TrainState, config: RunConfig) -> None:
-    """Refuse to go on with a schedule that a resumed run has not followed so far.
+    """Refuse a given schedule that differs from what the resumed run has trained on so far.
 
     Raises:
         InputError: names the first stage that differs.

@@ -1,6 +1,6 @@
 """Checkpoints: megatron-core's dist_checkpointing, and the mixture's schedule beside it.
 
-A checkpoint's fingerprint says what a resumed run must have in common with it.
+A checkpoint's fingerprint holds the settings and data that a resumed run must share with it.
 """
 
 import json
@@ -41,8 +41,8 @@ from megatron_tikmix.training.checkpoint_files import (
     CheckpointFolder,
     Manifest,
     damage,
-    measured,
     read_record,
+    sizes_and_digests,
     write_whole,
 )
 from megatron_tikmix.training.checkpoint_writer import ShardSaving
@@ -50,19 +50,19 @@ from megatron_tikmix.training.state import LossSpikes, TrainState
 
 _log = logging.getLogger(__name__)
 
-# Loads at any tensor, pipeline and data-parallel size.
+# Such a checkpoint can be loaded at any tensor, pipeline and data-parallel size.
 _SHARDING = {"distrib_optim_sharding_type": "fully_reshardable"}
 
 
-# Of a group of the optimizer's parameters: what tells it from the others, and what a resumed run
-# takes from its configuration. (From 0.19 on megatron-core also tells them by learning rates.)
+# Keys of an optimizer's parameter group: those that identify it, and those that a resumed run takes
+# from its configuration. (From 0.19 on megatron-core also identifies groups by learning rates.)
 _IDENTITY = ("wd_mult", "lr_mult", "is_expert_parallel", "is_decoupled_lr")
 _CONFIGURED = ("max_lr", "min_lr", "betas", "eps")
 
 
 @dataclass(frozen=True)
 class _Pending:
-    """A save that has begun; `record` is the text of tikmix.json, on the main rank."""
+    """A save in progress; `record` is the text of tikmix.json on the main rank, else empty."""
 
     saving: ShardSaving
     unfinished: Path
@@ -74,10 +74,10 @@ class Checkpointer:
     """Saves a run under one folder, and finds the newest whole checkpoint there. Collective.
 
     Args:
-        fingerprint: what must not differ between saving and loading, by configuration field;
-            fields of a checkpoint that are not named here may.
-        allow_changed: fields of it that may differ after all.
-        keep, keep_every: the newest so many checkpoints are kept, and those of iterations
+        fingerprint: values that must not differ between saving and loading, by configuration
+            field; fields of a checkpoint that are not in it are not compared.
+        allow_changed: fields of the fingerprint that may differ nevertheless.
+        keep, keep_every: the newest `keep` checkpoints are kept, and those of iterations
             divisible by `keep_every`.
         async_save: write in the background.
     """
@@ -110,19 +110,19 @@ class Checkpointer:
         mend_buckets(optimizer)
 
     def save(self, state: TrainState, *, wait: bool = False) -> bool:
-        """Write a checkpoint; only when it is whole and on disk does it become the latest.
+        """Write a checkpoint; it becomes the latest only when it is complete and on disk.
 
-        With `async_save`, unless `wait`, this returns when the writing has begun; :meth:`poll`, or
-        the next save, finishes it.
+        With `async_save`, unless `wait`, return when the writing has begun; :meth:`poll`, or the
+        next save, finishes it.
 
         Returns:
             False, on every rank, if it could not be written: the former checkpoint is then still
-            the latest, and a warning was given.
+            the latest, and an error is logged.
         """
         self.finish()
-        unfinished, problem = self._begun(state.iteration)
+        unfinished, problem = self._make_folder(state.iteration)
         if problem is not None or unfinished is None:
-            return self._given_up(state.iteration, None, problem)
+            return self._give_up(state.iteration, None, problem)
         with gathered_parameters(self._chunks):
             saving = ShardSaving(
                 self._sharded_state(is_loading=False),
@@ -130,17 +130,17 @@ class Checkpointer:
                 self._parallel,
                 in_background=self._async_save and not wait,
             )
-        # What the record holds goes on changing.
+        # Serialised now, since training goes on and changes the state.
         record = json.dumps(self._record(state)) if self._parallel.is_main else ""
         self._pending = _Pending(saving, unfinished, state.iteration, record)
         return True if self._async_save and not wait else self.finish()
 
     def is_writing(self) -> bool:
-        """Whether a process of this rank still writes the save that is under way."""
+        """Return whether a process of this rank is still writing the pending save."""
         return self._pending is not None and not self._pending.saving.written()
 
     def poll(self, writing: bool) -> None:
-        """Finish a save that is written by now. Collective if one is.
+        """Finish the pending save if its files are written. Collective if they are.
 
         Args:
             writing: whether any rank :meth:`is_writing`.
@@ -149,13 +149,13 @@ class Checkpointer:
             self.finish()
 
     def finish(self) -> bool:
-        """Wait for the save that is under way, if any; False if it failed."""
+        """Wait for the pending save, if any; return False if it failed. Collective."""
         pending, self._pending = self._pending, None
         if pending is None:
             return True
-        problem = pending.saving.finish() or self._completed(pending)
+        problem = pending.saving.finish() or self._complete(pending)
         if problem is not None:
-            return self._given_up(pending.iteration, pending.unfinished, problem)
+            return self._give_up(pending.iteration, pending.unfinished, problem)
         if self._parallel.is_main:
             try:
                 self._files.prune(pending.iteration, self._keep, self._keep_every)
@@ -164,8 +164,8 @@ class Checkpointer:
         barrier(self._parallel)
         return True
 
-    def _begun(self, iteration: int) -> tuple[Path | None, str | None]:
-        """An empty folder, made by the main rank, or why there is none."""
+    def _make_folder(self, iteration: int) -> tuple[Path | None, str | None]:
+        """Make an empty folder on the main rank; return it, or the reason why there is none."""
         unfinished: Path | None = None
         problem = None
         if self._parallel.is_main:
@@ -178,14 +178,14 @@ class Checkpointer:
         )
         return begun
 
-    def _completed(self, pending: _Pending) -> str | None:
-        """Make what was written the latest checkpoint; or why that failed."""
+    def _complete(self, pending: _Pending) -> str | None:
+        """Make the written files the latest checkpoint; return the reason if that fails."""
         manifest: Manifest = {}
         problem = None
         try:
             if self._parallel.is_main:
                 write_whole(pending.unfinished / RECORD, pending.record)
-            manifest = measured(pending.unfinished, self._own_files(pending.unfinished))
+            manifest = sizes_and_digests(pending.unfinished, self._own_files(pending.unfinished))
         except OSError as error:
             problem = str(error)
         problem = first_problem(problem, self._parallel)
@@ -200,7 +200,7 @@ class Checkpointer:
                 problem = str(error)
         return first_problem(problem, self._parallel)
 
-    def _given_up(self, iteration: int, unfinished: Path | None, problem: str | None) -> bool:
+    def _give_up(self, iteration: int, unfinished: Path | None, problem: str | None) -> bool:
         if self._parallel.is_main:
             if unfinished is not None:
                 shutil.rmtree(unfinished, ignore_errors=True)
@@ -215,7 +215,7 @@ class Checkpointer:
         return False
 
     def _own_files(self, path: Path) -> list[str]:
-        """Those this rank measures: what it wrote, and the main rank what is nobody else's."""
+        """Return the files this rank checksums: its shards, and on the main rank all others."""
         names = [file.name for file in path.iterdir()]
         shards = [name for name in names if name.startswith("__") and name.endswith(".distcp")]
         own = [name for name in shards if name.startswith(f"__{self._parallel.rank}_")]
@@ -235,19 +235,19 @@ class Checkpointer:
         }
 
     def load_latest(self, state: TrainState, iteration: int | None = None) -> bool:
-        """Bring the newest whole checkpoint's contents into the run; False when there is none.
+        """Load the newest undamaged checkpoint into the run; return False if there is none.
 
-        Parameters, optimizer and schedule are filled in place, `state` too. A damaged checkpoint
-        is named in a warning, and the one before it is taken.
+        Parameters, optimizer, scheduler and `state` are filled in place. A damaged checkpoint is
+        named in a warning, and the one before it is loaded.
 
         Args:
-            iteration: load the checkpoint of this iteration, in place of the newest one.
+            iteration: load the checkpoint of this iteration instead of the newest one.
 
         Raises:
-            InputError: the run's data or seed is not the checkpoint's, there is no checkpoint
-                of `iteration`, or none that is whole.
+            InputError: the run's fingerprint differs from the checkpoint's, there is no
+                checkpoint of `iteration`, or all are damaged.
         """
-        record = self._chosen(iteration)
+        record = self._choose(iteration)
         if record is None:
             return False
         path = self._files.path(record["iteration"])
@@ -255,7 +255,7 @@ class Checkpointer:
         sharded = self._sharded_state(is_loading=True)
         saved = record["layout"]
         same_layout = saved == self._layout()[: len(saved)]  # older ones do not name the device
-        if not same_layout:  # random streams belong to ranks and devices; others start their own
+        if not same_layout:  # random streams belong to ranks and devices: start new ones
             del sharded["rng_state"]
         loaded = dist_checkpointing.load(sharded, str(path))
         for index, chunk in enumerate(self._model):
@@ -280,14 +280,14 @@ class Checkpointer:
         check_same_on_all_ranks(state.schedule.digest(), "the mixture schedule", self._parallel)
         return True
 
-    def _chosen(self, iteration: int | None) -> dict[str, Any] | None:
-        """The record of the checkpoint to load, the same on every rank; None: start anew."""
-        # Looked up once: ranks that saw different files would resume different runs.
-        there = None
+    def _choose(self, iteration: int | None) -> dict[str, Any] | None:
+        """Return the record of the checkpoint to load, the same on every rank; None: start anew."""
+        # Only the main rank looks: ranks that saw different files would resume different runs.
+        found = None
         if self._parallel.is_main:
             files = self._files
-            there = files.iterations(), files.newest_first(), files.pointer.exists()
-        complete, candidates, begun = broadcast_object(there, self._parallel)
+            found = files.iterations(), files.newest_first(), files.pointer.exists()
+        complete, candidates, begun = broadcast_object(found, self._parallel)
         if iteration is not None:
             if iteration not in complete:
                 raise InputError(
@@ -310,7 +310,7 @@ class Checkpointer:
                         "; ".join(problems),
                         candidate,
                     )
-                return self._accepted(path)
+                return self._check_record(path)
             problems.append(problem)
         raise InputError(
             f"{self._files.pointer} does not name a whole checkpoint, and there is no other one "
@@ -318,8 +318,8 @@ class Checkpointer:
             f"delete {self._files.folder} to start anew"
         )
 
-    def _accepted(self, path: Path) -> dict[str, Any]:
-        """A checkpoint's record, if it is one of this run."""
+    def _check_record(self, path: Path) -> dict[str, Any]:
+        """Return a checkpoint's record, the same on every rank; refuse another run's."""
         record: dict[str, Any] = {}
         problem = None
         if self._parallel.is_main:
@@ -349,7 +349,7 @@ class Checkpointer:
             f"model{index}": chunk.sharded_state_dict(metadata=metadata)
             for index, chunk in enumerate(self._model)
         }
-        # Model chunks of one rank share parameter names, which global keys tell apart.
+        # The chunks of a rank use the same parameter names; their global keys differ.
         state["optimizer"] = self._optimizer.sharded_state_dict(
             dict(state), is_loading=is_loading, metadata=metadata
         )
@@ -365,7 +365,7 @@ class Checkpointer:
 
 
 def _follow_configuration(saved: Any, groups: Sequence[dict[str, Any]]) -> None:
-    """Put what is configured for each of `groups` into the optimizer's state that was saved."""
+    """Replace settings in the saved optimizer state by those configured for `groups`."""
     if not isinstance(saved, dict):
         return
     own = {tuple(group.get(name) for name in _IDENTITY): group for group in groups}
@@ -378,7 +378,7 @@ def _follow_configuration(saved: Any, groups: Sequence[dict[str, Any]]) -> None:
             group.update({name: configured[name] for name in _CONFIGURED if name in configured})
 
 
-# What makes two models of the same configuration class different ones.
+# Fields of the model's configuration that a resumed run may not change.
 _ARCHITECTURE = [
     "num_layers",
     "hidden_size",
@@ -410,10 +410,10 @@ _ARCHITECTURE = [
 
 
 def fingerprint(config: RunConfig, data: TrainingData) -> dict[str, Any]:
-    """What a resumed run must have in common with its checkpoint, by configuration field.
+    """Return the values that a resumed run must share with its checkpoint, by configuration field.
 
-    `tokens`, `files` and `tokenizer` are of the manifest; the latter two are None where it does
-    not know them, and are compared with nothing then.
+    `tokens`, `files` and `tokenizer` come from the manifest; the latter two are None, and then not
+    compared, where the manifest does not have them.
     """
     splits = {name: data.manifest.split(name, "train") for name in data.names}
     return {
@@ -426,8 +426,8 @@ def fingerprint(config: RunConfig, data: TrainingData) -> dict[str, Any]:
         "train.rampup_batch_size": config.train.rampup_batch_size,
         "domains": data.names,
         "tokens": {name: split.tokens for name, split in splits.items()},
-        "files": {name: split.fingerprint for name, split in splits.items()},
-        "tokenizer": data.manifest.tokenizer_fingerprint,
+        "files": {name: split.checksum for name, split in splits.items()},
+        "tokenizer": data.manifest.tokenizer_checksum,
         "vocab_size": data.manifest.vocab_size,
         **{f"model.{name}": _plain(getattr(config.model, name, None)) for name in _ARCHITECTURE},
         "model.activation_func": config.model.activation_func.__name__,
@@ -435,23 +435,23 @@ def fingerprint(config: RunConfig, data: TrainingData) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """As it comes back from JSON."""
+    """Return `value` as text if it is a list or tuple, which JSON would not tell apart."""
     return str(value) if isinstance(value, tuple | list) else value
 
 
 def difference(
     saved: Mapping[str, Any], now: Mapping[str, Any], allowed: Collection[str] = ()
 ) -> str | None:
-    """The first field that a checkpoint was saved with another value of, in words; or None.
+    """Return in words the first field whose value differs from the checkpoint's, or None.
 
     Args:
-        saved, now: of :func:`fingerprint`; what only one of them has is not compared.
+        saved, now: fingerprints; fields that only one of them has are not compared.
         allowed: fields that may differ, `checkpoint.allow_changed`.
     """
     for field, value in saved.items():
         if field not in now or now[field] == value:
             continue
-        # Of domains, only that some were added can be meant.
+        # Domains may be added, but not removed.
         if field in allowed and not (field == "domains" and set(value) - set(now[field])):
             continue
         words = _in_words(field, value, now[field])

@@ -1,4 +1,4 @@
-"""The files of a run's checkpoints: which there are, whether they are whole, which may go.
+"""The files of a run's checkpoints: which exist, whether they are undamaged, which to delete.
 
 ::
 
@@ -10,7 +10,7 @@
         manifest.json                     size and SHA-256 of every file above
       iter_0000120.unfinished/            being written, or left by a killed save
 
-Neither torch nor a job is needed to look at them.
+This module needs neither torch nor process groups.
 """
 
 import hashlib
@@ -33,36 +33,36 @@ Manifest = dict[str, dict[str, Any]]
 
 
 class CheckpointFolder:
-    """The checkpoints of one run."""
+    """The folder with the checkpoints of one run."""
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self.pointer = self.folder / LATEST
 
     def path(self, iteration: int) -> Path:
-        """Where the checkpoint of `iteration` is, or would be."""
+        """Return the path of the checkpoint of `iteration`, whether or not it exists."""
         return self.folder / f"iter_{iteration:07d}"
 
     def iterations(self) -> list[int]:
-        """Of the checkpoints that were completed, ascending."""
+        """Return the iterations of all complete checkpoints, ascending."""
         names = (path.parent.name for path in self.folder.glob(f"iter_*/{RECORD}"))
         numbers = (name.removeprefix("iter_") for name in names)
         return sorted(int(number) for number in numbers if number.isdigit())
 
     def newest_first(self) -> list[int]:
-        """What a run goes on from, in order of preference: the latest, and those before it.
+        """Return the iterations to resume from, in order of preference: the latest first.
 
-        Without a readable pointer every checkpoint counts. Empty if there was never one.
+        Checkpoints beyond the latest are left out; without a readable pointer none are.
         """
-        there = self.iterations()[::-1]
+        complete = self.iterations()[::-1]
         try:
             latest = int(self.pointer.read_text())
         except (OSError, ValueError):
-            return there
-        return [latest, *(iteration for iteration in there if iteration < latest)]
+            return complete
+        return [latest, *(iteration for iteration in complete if iteration < latest)]
 
     def begin(self, iteration: int) -> Path:
-        """An empty folder to write a checkpoint into; what killed saves left is removed."""
+        """Make an empty folder for a new checkpoint, and remove what interrupted saves left."""
         self.folder.mkdir(parents=True, exist_ok=True)
         for left in self.folder.glob(f"iter_*{_UNFINISHED}"):
             shutil.rmtree(left)
@@ -71,10 +71,10 @@ class CheckpointFolder:
         return path
 
     def complete(self, unfinished: Path, iteration: int, manifest: Manifest) -> Path:
-        """Make what was written a checkpoint, and the latest one."""
+        """Rename the written folder to its final name, and make it the latest checkpoint."""
         write_whole(unfinished / MANIFEST, json.dumps({"files": manifest}, indent=1))
         path = self.path(iteration)
-        if path.exists():  # gone back to an earlier one, the run comes by here again
+        if path.exists():  # the run was resumed from an earlier checkpoint
             self._delete(path)
         _sync_folder(unfinished)
         os.replace(unfinished, path)
@@ -85,11 +85,11 @@ class CheckpointFolder:
     def prune(self, upto: int, keep: int, keep_every: int | None = None) -> list[int]:
         """Delete all but the newest `keep` and those of iterations divisible by `keep_every`.
 
-        Only those up to iteration `upto`: later ones are there if an earlier checkpoint was gone
-        back to, and stay.
+        Checkpoints beyond iteration `upto` stay: they exist if the run was resumed from an earlier
+        one.
 
         Returns:
-            the iterations of those deleted.
+            the iterations of the deleted checkpoints.
         """
         old = [iteration for iteration in self.iterations() if iteration <= upto][:-keep]
         gone = [n for n in old if keep_every is None or n % keep_every != 0]
@@ -99,14 +99,14 @@ class CheckpointFolder:
 
     @staticmethod
     def _delete(path: Path) -> None:
-        """Renamed first: what an interrupted deletion leaves is removed by the next save."""
+        """Delete a checkpoint, renaming it first: the next save removes what is left of it."""
         going = path.with_name(f"{path.name}.deleted{_UNFINISHED}")
         os.replace(path, going)
         shutil.rmtree(going)
 
 
 def read_record(checkpoint: Path) -> dict[str, Any]:
-    """A checkpoint's own account of the run: iteration, schedule, ledger, fingerprint.
+    """Return a checkpoint's record: iteration, schedule, ledger, fingerprint and more.
 
     Raises:
         InputError: it cannot be read.
@@ -121,8 +121,8 @@ def read_record(checkpoint: Path) -> dict[str, Any]:
     return dict(record)
 
 
-def measured(checkpoint: Path, names: Sequence[str]) -> Manifest:
-    """Size and digest of these files, each brought onto the disk first."""
+def sizes_and_digests(checkpoint: Path, names: Sequence[str]) -> Manifest:
+    """Return the size and digest of these files, after syncing each to the disk."""
     return {
         name: {"bytes": (checkpoint / name).stat().st_size, "sha256": _digest(checkpoint / name)}
         for name in names
@@ -130,7 +130,7 @@ def measured(checkpoint: Path, names: Sequence[str]) -> Manifest:
 
 
 def read_manifest(checkpoint: Path) -> Manifest | None:
-    """What was written; None for a checkpoint of a version that wrote no manifest.
+    """Return size and digest of each file; None where an early version wrote no manifest.
 
     Raises:
         InputError: it cannot be read.
@@ -149,11 +149,11 @@ def read_manifest(checkpoint: Path) -> Manifest | None:
 
 
 def damage(checkpoint: Path, share: int = 0, shares: int = 1) -> str | None:
-    """What is wrong with a checkpoint, naming a file of it; None if it is whole.
+    """Return what is wrong with a checkpoint, naming the file; None if it is undamaged.
 
     Args:
-        share, shares: of the files only this one of so many equal shares is looked at, so that
-            each is looked at once by as many ranks; the record belongs to the first share.
+        share, shares: check only share number `share`, from 0, of `shares` equal shares of the
+            files, so that ranks can divide them; the record belongs to the first share.
     """
     try:
         manifest = read_manifest(checkpoint)
@@ -181,7 +181,7 @@ def _damage_of(path: Path, written: Mapping[str, Any]) -> str | None:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file whole or not at all, and onto the disk."""
+    """Write a file in one step, all of it or nothing, and sync it to the disk."""
     unfinished = path.with_name(f"{path.name}.tmp")
     with unfinished.open("w", encoding="utf-8") as file:
         file.write(text)

@@ -1,8 +1,8 @@
-"""megatron-core's `dist_checkpointing.save`, such that no rank is left alone with a full disk.
+"""megatron-core's `dist_checkpointing.save`, with a full disk reported on every rank.
 
-megatron-core tells every rank when a writer of tensors fails. It does not where rank 0 writes
-something by itself (`common.pt`, `.metadata`, `metadata.json`): the others then wait for it. Here
-these failures are noted, and raised afterwards with all the others.
+megatron-core informs every rank when a writer of tensors fails, but not when rank 0 fails to write
+a file of its own (`common.pt`, `.metadata`, `metadata.json`): the other ranks then wait for it.
+Here those failures are collected, and reported on all ranks together with the writers'.
 """
 
 from collections.abc import Callable, Iterator
@@ -25,10 +25,10 @@ from megatron_tikmix.megatron.groups import Parallel
 
 
 class ShardSaving:
-    """The writing of a checkpoint's shards, under way once this is made. Collective throughout.
+    """A save of a checkpoint's shards, which making one starts. All methods are collective.
 
     Args:
-        in_background: a forked process writes, from the state as it is now, while training goes on.
+        in_background: a forked process writes the present state while training goes on.
     """
 
     def __init__(
@@ -59,22 +59,22 @@ class ShardSaving:
             self._problems.append(str(error))
 
     def written(self) -> bool:
-        """Whether this rank's process has ended, so that it need not be waited for."""
+        """Return whether this rank's writer has ended, so that :meth:`finish` need not wait."""
         return bool(self._caller.is_current_async_call_done(blocking=False, no_dist=True))
 
     def finish(self) -> str | None:
-        """Wait for the writers, and write what tells of them.
+        """Wait for the writers, and write the metadata.
 
         Returns:
-            None; or, the same on every rank, why the checkpoint is not whole: the disk is full.
+            None, or why the checkpoint is incomplete (a full disk, say); the same on every rank.
         """
         self._caller.is_current_async_call_done(blocking=True, no_dist=True)
-        # Also where something failed before: this save's results must not be taken for the next's.
+        # Even after a failure: the next save must not find this one's results.
         with _noted(self._problems):
             try:
                 for finalize in self._finalize:
                     finalize()
-            except CheckpointException as error:  # on every rank; rank 0 knows why
+            except CheckpointException as error:  # raised on every rank; rank 0 knows the cause
                 self._problems.append(_first_failure(error))
         return self._agreed()
 
@@ -84,13 +84,13 @@ class ShardSaving:
 
 @contextmanager
 def _noted(problems: list[str]) -> Iterator[None]:
-    """Add to `problems` what rank 0 could not write by itself."""
+    """Catch failures of the files that rank 0 writes alone, and add them to `problems`."""
 
     def noting(write: Callable[..., None]) -> Callable[..., None]:
         def noted(*arguments: Any, **options: Any) -> None:
             try:
                 write(*arguments, **options)
-            except (OSError, RuntimeError) as error:  # torch.save makes RuntimeErrors of them
+            except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError for OSError
                 problems.append(str(error))
 
         return noted
@@ -107,7 +107,7 @@ def _noted(problems: list[str]) -> Iterator[None]:
 
 
 def _first_failure(error: CheckpointException) -> str:
-    """The writer's own message; empty on the ranks that were not told."""
+    """Return the failed writer's message; a general one on ranks that do not have it."""
     for rank, (failure, _) in sorted(error.failures.items()):
         return f"{failure} (written by rank {rank})"
     return "its writing failed on another rank"

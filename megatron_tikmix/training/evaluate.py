@@ -1,4 +1,4 @@
-"""Validation loss of each task, on items that do not decide the mixture."""
+"""Validation loss of each task, on its reporting items."""
 
 from collections.abc import Sequence
 
@@ -13,10 +13,10 @@ from megatron_tikmix.megatron.step import ForwardBackward, evaluation_mode, loss
 def evaluate(
     forward_backward: ForwardBackward, tasks: Sequence[Task], task_samples: int
 ) -> dict[str, float]:
-    """Mean loss per unmasked token of each task's reporting items, in nats.
+    """Return the mean loss per unmasked token of each task's reporting items, in nats.
 
     Args:
-        task_samples: at most so many samples of each task.
+        task_samples: the most samples that are taken of each task.
     """
     parallel = forward_backward.parallel
     totals = []

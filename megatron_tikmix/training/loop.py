@@ -1,4 +1,4 @@
-"""The training loop: intervals, and a boundary between each two."""
+"""The training loop: intervals of one mixture each, and boundaries between them."""
 
 import bisect
 import logging
@@ -41,15 +41,15 @@ _log = logging.getLogger(__name__)
 
 @dataclass
 class Run:
-    """Everything a run is made of, as :func:`~megatron_tikmix.training.build.build` puts it there.
+    """All parts of a run, as :func:`~megatron_tikmix.training.build.build` makes them.
 
     Attributes:
-        boundaries: iterations, below the last one, at which a stage begins after the first.
-        planned: the schedule that is followed, if one was given; None where the run decides.
-        stopping: says after each step whether the run ends there; None: it goes to its end.
-        stop_reason: why it ended before its last iteration, if it did.
-        lost_in_a_row: iterations up to now whose gradient was not finite.
-        place: what is being done, for the message of a rank that waits in vain.
+        boundaries: iterations at which stages begin, without the first and the end of the run.
+        planned: the given schedule that is followed; None where the run decides.
+        stopping: tells after each step whether the run ends early; None: it never does.
+        stop_reason: why the run ended before its last iteration; None if it did not.
+        lost_in_a_row: the number of latest iterations in a row whose gradient was not finite.
+        place: the current activity, for error messages about ranks that do not respond.
     """
 
     config: RunConfig
@@ -78,16 +78,16 @@ class Run:
         return list(self.state.schedule.domains)
 
     def interval_end(self) -> int:
-        """The iteration at which the interval being trained ends."""
+        """Return the iteration at which the current interval ends."""
         later = bisect.bisect_right(self.boundaries, self.state.iteration)
         return [*self.boundaries, self.config.train.train_iters][later]
 
     def ends_interval(self) -> bool:
-        """Whether the iteration just done is the last one of its interval."""
+        """Return whether the iteration just completed is the last one of its interval."""
         return self.state.done or self.state.iteration in self.boundaries
 
     def at_boundary(self) -> bool:
-        """Whether an interval has just ended, and the next one has no stage yet."""
+        """Return whether an interval has just ended and the next one has no stage yet."""
         begun = self.state.schedule.stages[-1].start_sample
         return self.state.iteration in self.boundaries and self.state.consumed_samples > begun
 
@@ -95,7 +95,7 @@ class Run:
 def train(run: Run) -> None:
     """Train to the end, resetting the mixture at every boundary. Collective.
 
-    It ends early, with a checkpoint and `run.stop_reason`, when `run.stopping` says so.
+    Return early, with a checkpoint and `run.stop_reason` set, when `run.stopping` says so.
     """
     state = run.state
     if not state.ledger:
@@ -103,7 +103,7 @@ def train(run: Run) -> None:
     elif state.added_domains and not state.done:
         add_domains(run)
     elif run.at_boundary() and not state.done:
-        # A run that had ended here goes on: its end was no boundary, and now it is one.
+        # The former run ended here without a decision; now this is a boundary.
         reset_mixture(run, measure(run))
     while not state.done:
         row = train_interval(run, until=run.interval_end())
@@ -118,7 +118,7 @@ def train(run: Run) -> None:
             "domain_epochs": epochs(run, row["domain_samples"]),
         }
         run.recorder.step(row, realised_mixture(run))
-        # A run that is to end is not kept by a probe: the boundary is made up for on resuming.
+        # A probe must not delay a run that is to end: it is made when the run is resumed.
         if not state.done and run.stop_reason is None:
             if run.probe_plan and len(state.ledger) == 1:
                 run.recorder.probe_estimate(run.probe_plan.tokens, row["tokens_per_second"])
@@ -131,10 +131,10 @@ def train(run: Run) -> None:
 
 
 def save_to_end(run: Run) -> None:
-    """Save a run that ends here. Collective.
+    """Save a checkpoint at the end of the run. Collective.
 
     Raises:
-        TrainingError: that failed, and what was trained since the checkpoint before is lost.
+        TrainingError: saving failed, so the training since the previous checkpoint is lost.
     """
     run.place = f"the save at iteration {run.state.iteration}"
     if not run.checkpointer.save(run.state, wait=True):
@@ -164,8 +164,7 @@ def reset_mixture(run: Run, task_loss: dict[str, float]) -> None:
 
 
 def add_domains(run: Run) -> None:
-    """Open a stage in which domains added on resuming have their share of the initial mixture.
-    Collective."""
+    """Open a stage that gives domains added on resuming their initial weight. Collective."""
     state, initial = run.state, run.initial_mixture
     former = state.ledger[-1].mixture
     rest = 1 - sum(initial[name] for name in state.added_domains)
@@ -183,7 +182,7 @@ def add_domains(run: Run) -> None:
 
 
 def boundary(run: Run) -> Boundary:
-    """Where the run stands, for the decision on the stage that begins here."""
+    """Return the position of the run, as the decision on the next stage needs it."""
     state, config = run.state, run.config.train
     return Boundary.of(
         state.schedule,
@@ -195,9 +194,9 @@ def boundary(run: Run) -> Boundary:
 
 
 def train_interval(run: Run, until: int) -> dict[str, Any]:
-    """Optimizer steps up to iteration `until`, under one mixture; returns the last row.
+    """Train up to iteration `until` under one mixture; return the last row of metrics.jsonl.
 
-    It sets `run.stop_reason` and returns earlier if `run.stopping` says so.
+    Set `run.stop_reason` and return earlier if `run.stopping` says so.
     """
     config, state = run.config.train, run.state
     per_pass = config.micro_batch_size * run.parallel.data_parallel_size
@@ -229,7 +228,7 @@ def train_interval(run: Run, until: int) -> dict[str, Any]:
             return metrics_row(run, result, meter)
         every = run.config.checkpoint.save_interval
         saving = every is not None and state.iteration % every == 0
-        # Saving starts the meter anew, as a resumed run will, so that both write the same rows.
+        # A save resets the meter, as resuming does, so that a resumed run logs the same rows.
         if saving or state.iteration % config.log_interval == 0:
             run.recorder.step(metrics_row(run, result, meter), realised_mixture(run))
         if saving:
@@ -244,7 +243,7 @@ def _to_say(run: Run) -> tuple[int, int]:
 
 
 def check_finite(run: Run, result: StepResult) -> None:
-    """Count an update that was skipped, and stop every rank alike when there are too many.
+    """Count a skipped update, and stop all ranks when there are too many in a row.
 
     Raises:
         TrainingError: the gradient was not finite in `train.max_skipped_iterations` iterations in
@@ -262,7 +261,7 @@ def check_finite(run: Run, result: StepResult) -> None:
             state.skipped_iterations,
         )
     if run.lost_in_a_row >= most:
-        run.checkpointer.finish()  # one that is being written is the newest to go on from
+        run.checkpointer.finish()  # a checkpoint being written is the newest to resume from
         before = f" nor at the {most - 1} before," if most > 1 else ""
         raise TrainingError(
             f"the gradient is not finite at iteration {state.iteration},{before} which is "
@@ -272,7 +271,7 @@ def check_finite(run: Run, result: StepResult) -> None:
 
 
 def metrics_row(run: Run, result: StepResult, meter: "LossMeter") -> dict[str, Any]:
-    """A row of metrics.jsonl. Collective. Counts and tells a loss spike."""
+    """Return a row of metrics.jsonl; count and log a loss spike. Collective."""
     state = run.state
     lm_loss, domain_loss, domain_tokens, tokens_per_second = meter.collect()
     spike = state.spikes.see(domain_loss, domain_tokens, run.config.train.loss_spike_factor)
@@ -301,7 +300,7 @@ def metrics_row(run: Run, result: StepResult, meter: "LossMeter") -> dict[str, A
 
 
 def measure(run: Run) -> dict[str, float]:
-    """Validation loss of every task, on items that do not decide."""
+    """Return the validation loss of every task on its reporting items. Collective."""
     run.place = f"the evaluation at iteration {run.state.iteration}"
     task_loss = evaluate(run.forward_backward, run.tasks, run.config.evaluate.task_samples)
     run.recorder.evaluation(run.state.iteration, task_loss)
@@ -309,7 +308,7 @@ def measure(run: Run) -> dict[str, float]:
 
 
 def bits_per_byte(run: Run, task_loss: dict[str, float]) -> dict[str, float]:
-    """Of the tasks whose bytes are known: those of prompts and completions."""
+    """Return the bits per byte of tasks whose bytes are known (prompts with completions)."""
     found = {
         task.name: task.bits_per_byte(task_loss[task.name], run.config.evaluate.task_samples)
         for task in run.tasks
@@ -318,18 +317,18 @@ def bits_per_byte(run: Run, task_loss: dict[str, float]) -> dict[str, float]:
 
 
 def drawn(state: TrainState) -> dict[str, int]:
-    """Samples of each domain that training has drawn so far."""
+    """Return the samples that training has drawn from each domain so far."""
     counts_D = state.schedule.domain_counts(state.consumed_samples)
     return dict(zip(state.schedule.domains, counts_D.tolist(), strict=True))
 
 
 def epochs(run: Run, samples: Mapping[str, int]) -> dict[str, float]:
-    """Passes over each domain that so many samples of it are."""
+    """Return how many passes over each domain `samples` amount to."""
     return {stream.name: samples[stream.name] / stream.samples_per_epoch for stream in run.streams}
 
 
 def realised_mixture(run: Run) -> dict[str, float]:
-    """The share of each domain among the samples of the stage so far."""
+    """Return each domain's share of the samples drawn in the current stage so far."""
     schedule = run.state.schedule
     start = schedule.stages[-1]
     counts_D = schedule.domain_counts(run.state.consumed_samples) - start.start_counts_D
@@ -338,7 +337,7 @@ def realised_mixture(run: Run) -> dict[str, float]:
 
 
 def open_stage(run: Run, decision: Decision | None, task_loss: dict[str, float]) -> None:
-    """Put the stage that begins here in the ledger, and in the records."""
+    """Add the stage that begins here to the ledger, and record it."""
     state = run.state
     stage = state.schedule.stages[-1]
     mixture: Mixture = state.schedule.mixture(-1)
@@ -373,7 +372,7 @@ def _first_reason(run: Run) -> str:
 
 
 class LossMeter:
-    """Training loss since it was last asked, overall and by domain."""
+    """Training loss since the last :meth:`collect`, overall and by domain."""
 
     def __init__(self, domains: Sequence[str], parallel: Parallel) -> None:
         self._domains = domains
@@ -383,22 +382,22 @@ class LossMeter:
         self._started = time.perf_counter()
 
     def add(self, sums: LossSums) -> None:
-        """Count a step's micro-batches (see :func:`~megatron_tikmix.megatron.step.loss_sums`)."""
+        """Add a step's micro-batches (see :func:`~megatron_tikmix.megatron.step.loss_sums`)."""
         if not self._parallel.reports_loss:
             return
         for rows in sums:
             values = torch.stack([rows["loss"], rows["tokens"]], dim=1).double()
-            # A product, not a scatter: the same bits every time on a GPU too, and no waiting.
+            # A product, not a scatter, which is not deterministic on a GPU.
             member = torch.nn.functional.one_hot(rows["domain"], len(self._domains)).double()
             self._sums_D2 += member.T @ values
 
     def peak_memory_bytes(self) -> int:
-        """The largest that any rank has used since it started. Collective."""
-        mine = peak_memory_bytes(self._parallel.device)
-        return int(max_over_ranks(mine, self._parallel))
+        """Return the peak memory of the rank that has used most since it started. Collective."""
+        used = peak_memory_bytes(self._parallel.device)
+        return int(max_over_ranks(used, self._parallel))
 
     def collect(self) -> tuple[float, dict[str, float], dict[str, float], float]:
-        """Mean loss; mean loss and tokens by domain; tokens/s. Collective; starts anew."""
+        """Return (mean loss, loss by domain, tokens by domain, tokens/s); reset. Collective."""
         loss_D, tokens_D = sum_over_ranks(self._sums_D2, self._parallel).unbind(dim=1)
         seconds = time.perf_counter() - self._started
         self._sums_D2.zero_()

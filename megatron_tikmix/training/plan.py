@@ -1,4 +1,4 @@
-"""What a run is going to do, what its probe costs and what it needs of memory, before it starts."""
+"""The plan printed before a run: what it will do, its probe's cost, the memory it needs."""
 
 import math
 import resource
@@ -132,7 +132,7 @@ def _listed(iterations: list[int]) -> str:
 
 
 def _repetition(config: RunConfig, data: TrainingData) -> str:
-    """The domains seen most often, as far as the mixture is settled before training."""
+    """Say which domains are repeated most, as far as the mixture is fixed before training."""
     train, reset = config.train, config.first_reset()
     end = train.train_iters if reset is None else reset
     samples_D = planned_samples(
@@ -148,7 +148,7 @@ def _repetition(config: RunConfig, data: TrainingData) -> str:
 
 
 def _rollouts(config: RunConfig) -> str:
-    """What short continuations cost at one boundary, in iterations of training."""
+    """Say what short continuations cost at one boundary, in iterations of training."""
     if config.interval_iters is None or not config.decides or not config.needs_rollouts:
         return "none"
     parts = []
@@ -200,13 +200,13 @@ _GIB = 2**30
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryPlan:
-    """Of the fullest rank; bytes. Allocator, NCCL and CUDA itself are not in it."""
+    """Estimated bytes on the fullest rank, without those of the allocator, NCCL and CUDA itself."""
 
     parameters: int
-    """Of the whole model."""
+    """Number of parameters of the whole model."""
 
     rank_parameters: int
-    """Of this rank."""
+    """Number of parameters on the fullest rank."""
 
     weights: int
     gradients: int
@@ -215,10 +215,10 @@ class MemoryPlan:
     """Main parameters where the weights are bf16, and Adam's two moments; this rank's share."""
 
     activations: int
-    """Between forward and backward, all micro-batches in flight."""
+    """Kept between forward and backward, for all micro-batches in flight."""
 
     kept_gradients: int
-    """What a probe keeps, on top of all the others; 0 without one."""
+    """Kept by a probe, in addition to all the above; 0 without one."""
 
     @property
     def total(self) -> int:
@@ -242,7 +242,7 @@ class MemoryPlan:
 
 
 def in_short(count: int) -> str:
-    """1,236 M as `1.24 B`."""
+    """Return a count in short: `1.24 B` for 1,236 M."""
     for size, letter in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
         if count >= size:
             return f"{count / size:.3g} {letter}"
@@ -252,7 +252,7 @@ def in_short(count: int) -> str:
 def plan_memory(
     config: RunConfig, world_size: int, vocab_size: int, kept_gradients: int
 ) -> MemoryPlan:
-    """The estimate for `world_size` ranks.
+    """Estimate the memory of the fullest of `world_size` ranks.
 
     Args:
         kept_gradients: bytes that a probe keeps on the fullest rank.
@@ -315,9 +315,9 @@ def _activations(config: RunConfig, vocab_size: int) -> int:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """The most that tensors on `device` have held at once; without a GPU, that this process has.
+    """Return the peak memory of tensors on `device`; without a GPU, that of this process.
 
-    Since the process began, or `torch.cuda.reset_peak_memory_stats` was called.
+    Counted since the process began, or `torch.cuda.reset_peak_memory_stats` was called.
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)

@@ -1,7 +1,7 @@
-"""What a run writes down: files, TensorBoard and terminal, all by the main rank.
+"""Recording a run in files, TensorBoard and the terminal, all by the main rank.
 
-A full disk does not end a run: rows that it refuses are written later, TensorBoard's events are
-left out, and either is told.
+A full disk does not end a run: rows that do not fit are written later, TensorBoard's events are
+left out, and both are logged.
 """
 
 import importlib.metadata
@@ -36,15 +36,15 @@ _log = logging.getLogger(__name__)
 
 
 class RowFile:
-    """A file of rows, one appended at a time; those that the disk refuses are written later."""
+    """A JSON lines file; rows that do not fit on a full disk are written later."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._waiting: list[Row] = []
-        self._late = 0  # rows that the disk refused since it last took all
+        self._late = 0  # rows that were delayed since the file was last complete
 
     def append(self, row: Row) -> bool:
-        """Write the rows that wait and this one; False if the disk still refuses."""
+        """Write the waiting rows and this one; return False if the disk is still full."""
         self._waiting.append(row)
         written = self.write_waiting()
         if not written:
@@ -52,7 +52,7 @@ class RowFile:
         return written
 
     def write_waiting(self) -> bool:
-        """False if there is no room yet. It is told when that begins, and when it ends."""
+        """Write the waiting rows; return False, and log it the first time, if the disk is full."""
         try:
             while self._waiting:
                 append_jsonl(self._path, self._waiting[0])
@@ -72,14 +72,14 @@ class RowFile:
         return True
 
     def close(self) -> None:
-        """Write what waits, for the last time."""
+        """Try a last time to write the waiting rows."""
         if self._waiting and not self.write_waiting():
             _log.error("%d rows of %s are lost", len(self._waiting), self._path)
             self._waiting.clear()
 
 
 class Recorder:
-    """Every rank has one and calls it alike; on all but the main rank it does nothing."""
+    """Records a run. Every rank makes the same calls; only the main rank's have an effect."""
 
     def __init__(self, config: RunConfig, resolved: str, parallel: Parallel) -> None:
         self._config = config
@@ -87,7 +87,7 @@ class Recorder:
         self._parallel = parallel
         self._main = parallel.is_main
         self._folder = Path(config.run_dir)
-        # Both are there between `begin` and the end, on the main rank.
+        # On the main rank, both are set from `begin` to the end.
         self._terminal: Terminal | None = None
         self._tensorboard: TensorBoardWriter | None = None
         self._metrics = RowFile(self._folder / "metrics.jsonl")
@@ -98,7 +98,7 @@ class Recorder:
         """Make the run's folder.
 
         Raises:
-            InputError: it cannot be made, or not be written to; or there is no baseline run.
+            InputError: it cannot be made or written to, or the baseline is not a directory.
         """
         if not self._main:
             return
@@ -113,7 +113,7 @@ class Recorder:
             raise InputError(f"run_dir {self._folder} cannot be written to: {error}") from error
 
     def begin(self, plan: str, state: TrainState) -> None:
-        """Open the files, brought back to where the run (re)starts, and tell the plan.
+        """Open the files, cut back to where the run (re)starts, and print the plan.
 
         Raises:
             InputError: a file that an earlier start wrote is damaged, or one cannot be written.
@@ -126,7 +126,7 @@ class Recorder:
             start = start_row(self._config, self._parallel, state.iteration)
             append_jsonl(self._folder / "starts.jsonl", start)
             self._weights = state.ledger[-1].weights if state.ledger else None
-            # What an earlier start wrote from here on is hidden.
+            # Hide the events that an earlier start wrote beyond this iteration.
             self._tensorboard = self._events(state.iteration + 1 if state.iteration else 0)
             self._tensorboard.hparams(yaml.safe_load(self._resolved))
         except OSError as error:
@@ -139,19 +139,23 @@ class Recorder:
         self._terminal.say(plan)
 
     def step(self, row: Row, realised: Mapping[str, float]) -> None:
-        """A row of metrics.jsonl, and each domain's share of the stage's samples so far."""
+        """Record a row of metrics.jsonl.
+
+        Args:
+            realised: each domain's share of the samples drawn in the stage so far.
+        """
         if self._terminal:
             written = self._metrics.append(row)
             self._to_tensorboard(lambda events: events.step(row, realised), written)
             self._terminal.step(row)
 
     def evaluation(self, iteration: int, task_loss: Mapping[str, float]) -> None:
-        """Losses on items that do not decide."""
+        """Show the tasks' losses on reporting items."""
         if self._terminal:
             self._terminal.evaluation(iteration, task_loss)
 
     def probe_estimate(self, tokens: int, tokens_per_second: float) -> None:
-        """How long the first probe will take, now that training's speed is known."""
+        """Print how long the first probe will take at training's speed."""
         if self._terminal and tokens_per_second > 0:
             self._terminal.say(
                 f"the probe's {tokens:,} tokens will take about {tokens / tokens_per_second:.1f} s "
@@ -159,20 +163,20 @@ class Recorder:
             )
 
     def probing(self, done: int, total: int) -> None:
-        """Progress of a probe."""
+        """Show the progress of a probe."""
         if self._terminal:
             self._terminal.status(f"probe: {done}/{total} passes" if done < total else "solving")
 
     def rolling_out(self, done: int, total: int) -> None:
-        """Progress of rollouts."""
+        """Show the progress of rollouts."""
         if self._terminal:
             self._terminal.status(f"rollouts: {done}/{total}")
 
     def stage(self, ledger: Ledger) -> None:
-        """Write down the ledger's last row, which has just been added.
+        """Record the ledger's last row, which has just been added.
 
-        What was measured goes to a bank file first, which the row, and every checkpoint from here
-        on, then refers to. Where the disk has no room for one it stays in the row.
+        The measurements go to a bank file first, to which the row and all later checkpoints refer.
+        If the disk has no room for the file they stay in the row.
         """
         if not self._terminal:
             return
@@ -196,10 +200,10 @@ class Recorder:
             self._terminal.boundary(former, row, tokens)
 
     def finish(self, stop_reason: str | None, iteration: int) -> None:
-        """Write the report, and say where everything is and what the probes cost.
+        """Write the report, and print where the files are and what the probes cost.
 
         Args:
-            stop_reason: why the run ended at `iteration`, if that is not its last one.
+            stop_reason: why the run ended early, at `iteration`; None if it did not.
         """
         if not self._terminal:
             return
@@ -227,7 +231,7 @@ class Recorder:
         )
 
     def close(self) -> None:
-        """Leave the terminal and the event file whole, also after an error."""
+        """Close the files and the progress bar; to be called after an error too."""
         if self._terminal is None:
             return
         self._metrics.close()
@@ -247,14 +251,14 @@ class Recorder:
     def _to_tensorboard(
         self, write: Callable[[TensorBoardWriter], None], disk_has_room: bool
     ) -> None:
-        """Write events; those that a full disk refuses are left out."""
+        """Write events; leave out those that do not fit on a full disk."""
         try:
             if self._tensorboard is None and disk_has_room:
                 self._tensorboard = self._events()
             if self._tensorboard is not None:
                 write(self._tensorboard)
         except OSError as error:
-            # Its writer is of no more use: another one goes on, in a file of its own.
+            # A writer that failed is unusable; the next events go to a new writer and file.
             self._tensorboard = None
             _log.error(
                 "TENSORBOARD'S EVENTS ARE NOT WRITTEN: %s; training goes on, and so do they when "
@@ -263,7 +267,7 @@ class Recorder:
             )
 
     def _reconcile(self, state: TrainState) -> int:
-        """Bring the files back to the checkpoint; the number of rows that were beyond it."""
+        """Drop the rows beyond the checkpoint from the files; return their number."""
         metrics, ledger = self._folder / "metrics.jsonl", self._folder / LEDGER
         rows, stages = read_jsonl(metrics), read_jsonl(ledger)
         kept = [row for row in rows if row["iteration"] <= state.iteration]
@@ -276,11 +280,11 @@ class Recorder:
 
 
 PACKAGES = ("megatron-core", "torch", "numpy", "scipy", "clarabel", "lightgbm", "tokenizers")
-"""Those that figures may depend on."""
+"""Packages on which results may depend."""
 
 
 def start_row(config: RunConfig, parallel: Parallel, iteration: int) -> dict[str, Any]:
-    """A row of `starts.jsonl`: the iteration that is started from, when, and on what."""
+    """Return a row of `starts.jsonl`: time, first iteration, layout, device and versions."""
     device = parallel.device
     return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -1,4 +1,4 @@
-"""Where a run is: the only thing, besides the parameters, that a checkpoint must carry."""
+"""The progress of a run: all that a checkpoint must hold besides the model and the optimizer."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -7,16 +7,16 @@ from megatron_tikmix.decision.ledger import Ledger
 from megatron_tikmix.mixture.schedule import MixtureSchedule
 
 SMOOTHING = 0.1
-"""Weight of a domain's newest loss in its usual one: the mean of about its last ten."""
+"""Weight of a domain's newest loss in its usual loss, a mean of about the last ten."""
 
 
 @dataclass
 class LossSpikes:
-    """Counts them, from the logged losses. A mixture that moves to harder domains makes none.
+    """A counter of loss spikes. A mixture that moves to harder domains causes none.
 
     Attributes:
-        count: logged losses that were spikes.
-        usual: the loss that each domain has had of late, smoothed.
+        count: number of logged losses that were spikes.
+        usual: each domain's recent loss, smoothed.
     """
 
     count: int = 0
@@ -31,11 +31,11 @@ class LossSpikes:
         """Take in the mean losses of a logged row.
 
         Args:
-            domain_tokens: over how many tokens each is the mean.
-            factor: from how many times the usual loss on it is a spike; None: it never is.
+            domain_tokens: the number of tokens that each mean is over.
+            factor: a loss above `factor` times the usual one is a spike; None: none ever is.
 
         Returns:
-            How many times the usual loss of these samples it was, if that is a spike.
+            The ratio of the loss to the usual loss if it is a spike, else None.
         """
         known = [name for name in domain_loss if name in self.usual]
         loss = sum(domain_tokens[name] * domain_loss[name] for name in known)
@@ -55,10 +55,10 @@ class TrainState:
 
     Attributes:
         schedule: the mixture's stages so far; with the seed it fixes the order of samples.
-        ledger: a row a stage, as in mixture.jsonl. Every rank counts stages by it; what
-            only the main rank knows of a decision is missing on the others.
+        ledger: one row for each stage, as in mixture.jsonl, on every rank; only the main rank's
+            rows hold the details of decisions.
         skipped_iterations: steps that megatron-core's optimizer did not apply.
-        added_domains: that the checkpoint did not know, and that have no weight yet.
+        added_domains: domains that are not in the checkpoint, and have no weight yet.
     """
 
     train_iters: int
@@ -75,7 +75,7 @@ class TrainState:
         return self.iteration >= self.train_iters
 
     def withdraw_empty_stage(self) -> None:
-        """Take back a stage that was opened and not trained on: another is to begin here."""
+        """Remove the last stage if it has not been trained on, to make room for another."""
         if self.schedule.withdraw(self.consumed_samples):
             self.ledger.pop()
 

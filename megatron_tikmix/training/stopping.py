@@ -14,7 +14,7 @@ from megatron_tikmix.config import TrainConfig
 _log = logging.getLogger(__name__)
 
 SAME_SIGNAL_SECONDS = 2.0
-"""What comes within this of the first signal is not a second one: Ctrl-C and `scancel` reach
+"""A signal this soon after the first one is not counted as a second: Ctrl-C and `scancel` reach
 this process both directly and through torchrun."""
 
 _OUT_OF_TIME = 1
@@ -22,10 +22,10 @@ _HANDLED = (signal.SIGTERM, signal.SIGINT)
 
 
 class SignalWatch:
-    """Notes SIGTERM and SIGINT while it is entered; a second one ends this process at once.
+    """Context manager that notes SIGTERM and SIGINT; a second signal ends this process at once.
 
-    A thread of its own listens: the main thread may be inside a collective, which no Python
-    handler interrupts. Only Python's main thread can enter it; elsewhere it notes nothing.
+    It listens in a thread, since the main thread may be inside a collective, which no Python
+    handler interrupts. Entered outside Python's main thread it has no effect.
     """
 
     def __init__(self) -> None:
@@ -34,7 +34,7 @@ class SignalWatch:
 
     @property
     def received(self) -> int | None:
-        """The number of the first signal, if there was one."""
+        """The number of the first signal, or None."""
         return self._received
 
     def __enter__(self) -> "SignalWatch":
@@ -81,14 +81,13 @@ class SignalWatch:
 
 
 class Stopping:
-    """Asked after every step, on every rank, whether the run ends here.
+    """Decides after every step, the same on every rank, whether the run ends early.
 
-    What a rank knows by itself, a signal and the time, it tells the others during a step, on the
-    device (`say` of :func:`~megatron_tikmix.megatron.step.train_step`): what comes after that ends
-    the run a step later.
+    Each rank sends its signal and time to the others during a step, on the device (`say` of
+    :func:`~megatron_tikmix.megatron.step.train_step`): a later signal ends the run a step later.
 
     Args:
-        signals: None where nobody listens.
+        signals: None: signals are not watched.
         started: `time.monotonic()` at the start of the run, for `exit_duration_in_mins`.
     """
 
@@ -104,7 +103,7 @@ class Stopping:
         self._signals = signals
 
     def reason(self, iteration: int, code: int) -> str | None:
-        """Why the run ends after `iteration`; None: it goes on.
+        """Return why the run ends after `iteration`, or None if it goes on.
 
         Args:
             code: the largest :meth:`code` of any rank.
@@ -118,7 +117,7 @@ class Stopping:
         return None
 
     def code(self) -> int:
-        """This rank's own reason: the number of a signal, or that time is over, or 0."""
+        """Return this rank's reason as a number: a signal's, `_OUT_OF_TIME`, or 0 for none."""
         if self._signals is not None and self._signals.received is not None:
             return self._signals.received
         passed = (time.monotonic() - self._started) / 60
@@ -126,4 +125,4 @@ class Stopping:
 
 
 def _nothing(number: int, frame: FrameType | None) -> None:
-    """Python's part of the handler; the thread does the rest. Forked workers inherit it."""
+    """Do nothing: the thread handles the signal. Forked workers inherit this handler."""

@@ -110,8 +110,12 @@ def run_case(
 
 
 def misplaced_state(run: loop.Run) -> list[str]:
-    """Parameters and moments that a checkpoint would not take from the device."""
+    """Parameters that a checkpoint would not take from the device.
+
+    megatron-core gathers the optimizer's state on the host of one rank by itself.
+    """
     state = run.checkpointer._sharded_state(is_loading=False)
+    del state["optimizer"]
     found = []
 
     def look(value: Any) -> None:

@@ -113,6 +113,6 @@ def test_a_stuck_rank_is_named_and_ends_the_job(settings: dict[str, Any]) -> Non
     settings = overridden(settings, {"timeout_minutes": 0.4})
     result = launch(settings, ranks=2, change=(stuck,), check=False)
     assert result.returncode != 0
-    words = "error: rank 0 waited in vain during iteration 3: rank 1 is stuck or gone"
+    words = "error: rank 0 got no answer during iteration 3: rank 1 is stuck or gone"
     assert result.stderr.count(words) == 1
     assert "megatron_tikmix/" not in result.stderr, "a traceback through our own files"

@@ -8,7 +8,7 @@ import pytest
 from megatron_tikmix.cli.main import main
 from megatron_tikmix.mixture.mixture import Mixture
 from megatron_tikmix.mixture.schedule import MixtureSchedule
-from megatron_tikmix.training.checkpoint_files import RECORD, CheckpointFolder, measured
+from megatron_tikmix.training.checkpoint_files import RECORD, CheckpointFolder, sizes_and_digests
 from tests.unit.training.test_checkpoint_files import flip_a_bit
 
 
@@ -35,7 +35,7 @@ def run_dir(tmp_path: Path) -> Path:
         path = files.begin(stage + 1)
         (path / RECORD).write_text(json.dumps(record))
         (path / "__0_0.distcp").write_bytes(b"tensors" * 100)
-        files.complete(path, stage + 1, measured(path, [RECORD, "__0_0.distcp"]))
+        files.complete(path, stage + 1, sizes_and_digests(path, [RECORD, "__0_0.distcp"]))
     return tmp_path / "run"
 
 

@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 from megatron_tikmix.influence.bank import SubBatchBank
 from megatron_tikmix.influence.budget import (
     AdaptiveBudget,
+    apportion,
     importance,
-    lacking,
     sensitivity,
-    shared_out,
+    shortfall,
 )
 from megatron_tikmix.influence.matrix import InfluenceMatrix
 from megatron_tikmix.mixture.mixture import Mixture
@@ -148,7 +148,7 @@ def test_bad_domains_get_none():
 @given(st.integers(0, 200), st.lists(st.floats(0, 10, allow_nan=False), min_size=1, max_size=10))
 def test_whole_sub_batches_are_shared_out_in_proportion(total, importance):
     importance_D = np.array(importance)
-    shares_D = shared_out(total, importance_D)
+    shares_D = apportion(total, importance_D)
     if importance_D.sum() > 0:
         assert shares_D.sum() == total
         assert (abs(shares_D - total * importance_D / importance_D.sum()) < 1).all()
@@ -160,6 +160,6 @@ def test_neymans_allocation_is_the_best_of_a_fine_grid():
     """Two domains: what is left of the variance, Σ σ²/n, over all ways to add 20 sub-batches."""
     counts_D, single_D = np.array([8, 12]), np.array([1.0, 3.0])
     moves_D = single_D / np.sqrt(counts_D)
-    more_D = shared_out(20, lacking(counts_D, moves_D, 20))
+    more_D = apportion(20, shortfall(counts_D, moves_D, 20))
     left = [(single_D**2 / (counts_D + np.array([k, 20 - k]))).sum() for k in range(21)]
     assert more_D[0] == pytest.approx(int(np.argmin(left)), abs=1)

@@ -426,7 +426,7 @@ def test_of_a_models_folder_only_the_tokenizer_is_read_and_kept(text: Path) -> N
     for name in ("merges", "tokenizer.json"):
         content = (model / name).read_bytes()
         digest.update(b"\0%s\0%d\0%s" % (name.encode(), len(content), content))
-    assert TokenizerFiles(model).fingerprint() == digest.hexdigest()[:32]
+    assert TokenizerFiles(model).checksum() == digest.hexdigest()[:32]
     output = text.parent / "out"
     assert run_with_folder(text, output, model, "--input", text) == 0
     assert manifest_of(text, "out").tokenizer == TokenizerFiles(output / "tokenizer")

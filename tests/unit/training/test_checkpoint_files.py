@@ -7,14 +7,19 @@ from pathlib import Path
 
 import pytest
 
-from megatron_tikmix.training.checkpoint_files import RECORD, CheckpointFolder, damage, measured
+from megatron_tikmix.training.checkpoint_files import (
+    RECORD,
+    CheckpointFolder,
+    damage,
+    sizes_and_digests,
+)
 
 
 def write(files: CheckpointFolder, iteration: int) -> Path:
     path = files.begin(iteration)
     (path / RECORD).write_text(json.dumps({"iteration": iteration, "fingerprint": {}}))
     (path / "__0_0.distcp").write_bytes(bytes(range(256)) * 20)
-    manifest = measured(path, ["__0_0.distcp", RECORD])
+    manifest = sizes_and_digests(path, ["__0_0.distcp", RECORD])
     return files.complete(path, iteration, manifest)
 
 
@@ -81,7 +86,7 @@ def test_a_deletion_that_is_interrupted_leaves_nothing_for_good(
     for iteration in (1, 2):
         path = files.begin(iteration)
         (path / RECORD).write_text("{}")
-        files.complete(path, iteration, measured(path, [RECORD]))
+        files.complete(path, iteration, sizes_and_digests(path, [RECORD]))
 
     def interrupted(path: Path) -> None:
         raise OSError("busy")
