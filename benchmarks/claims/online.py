@@ -11,9 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_tikmix.config import RunConfig
+from megatron_tikmix.measure.remixer import load_data
 from megatron_tikmix.megatron.groups import initialize, shut_down
 from megatron_tikmix.mixture.mixture import Mixture
-from megatron_tikmix.training.build import build, load_data
+from megatron_tikmix.training.build import build
 from megatron_tikmix.training.loop import Run, measure, open_stage, realised_mixture, train_interval
 from megatron_tikmix.training.record import Recorder
 

@@ -30,6 +30,7 @@ from megatron_tikmix.errors import InputError
 from megatron_tikmix.jsonl import json_line
 from megatron_tikmix.measure.probe_plan import plan_probe
 from megatron_tikmix.measure.remixer import Remixer
+from megatron_tikmix.megatron.collectives import make_on_all_ranks
 from megatron_tikmix.megatron.groups import Parallel, initialize, shut_down
 from megatron_tikmix.mixture.mixture import Mixture
 from megatron_tikmix.monitoring.tables import boundary_table
@@ -37,7 +38,6 @@ from megatron_tikmix.monitoring.words import decision_in_words
 from megatron_tikmix.training.build import (
     build_checkpointer,
     build_training,
-    make_on_all_ranks,
 )
 from megatron_tikmix.training.checkpoint import fingerprint
 from megatron_tikmix.training.state import TrainState

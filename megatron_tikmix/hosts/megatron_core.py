@@ -28,13 +28,12 @@ from megatron_tikmix.data.builder import TrainingData
 from megatron_tikmix.decision.decide import Boundary, Decision
 from megatron_tikmix.errors import InputError, TrainingError
 from megatron_tikmix.measure.probe_plan import Trained, plan_probe_of
-from megatron_tikmix.measure.remixer import Progress, Remixer
-from megatron_tikmix.megatron.collectives import sum_over_ranks
+from megatron_tikmix.measure.remixer import Progress, Remixer, load_data
+from megatron_tikmix.megatron.collectives import make_on_all_ranks, sum_over_ranks
 from megatron_tikmix.megatron.groups import Parallel
 from megatron_tikmix.megatron.optimizer import distributed_optimizers
 from megatron_tikmix.megatron.samples import DocumentBoundaries
 from megatron_tikmix.megatron.step import ForwardBackward
-from megatron_tikmix.training.build import load_data, make_on_all_ranks
 
 __all__ = [
     "Boundary",

@@ -23,9 +23,9 @@ from megatron_tikmix.megatron.collectives import check_same_on_all_ranks, sum_ov
 from megatron_tikmix.megatron.samples import Sample
 from megatron_tikmix.megatron.step import (
     ForwardBackward,
-    evaluation_mode,
     loss_and_tokens,
     summed_gradients,
+    without_chance,
     zero_gradients,
 )
 
@@ -110,9 +110,9 @@ class InfluenceProbe:
             while not good_enough(bank):
                 bank = probe.add(more_D)
 
-    Every rank must do the same calls with the same arguments. While it is open the model is in
-    evaluation mode and its gradient buffers are the probe's; afterwards they are empty, and all
-    else is as it was.
+    Every rank must do the same calls with the same arguments. While it is open the model computes
+    as in training, without dropout, and its gradient buffers are the probe's; afterwards they are
+    empty, and all else is as it was.
 
     The curvature is applied to the validation gradients, whichever side has fewer: that is once a
     task however many sub-batches are added, it needs no memory once it is done, and V would have
@@ -187,7 +187,7 @@ class InfluenceProbe:
         self._asked = len(self.tasks)
         self._next_D = np.zeros(len(self.domains), dtype=np.int64)
         self._bank = None
-        with evaluation_mode(self._model):
+        with without_chance(self._model):
             try:
                 self._kept = self._validation_gradients()
                 yield self

@@ -304,6 +304,21 @@ def _integers(mixture: Mixture, domains: Sequence[str]) -> NDArray[np.int64]:
     return np.array([integers[name] for name in domains], dtype=np.int64)
 
 
+def load_data(config: MixtureSections) -> TrainingData:
+    """Open the domains and tasks, and check that the configured decisions are possible on them.
+
+    Raises:
+        InputError: the data cannot be trained on, or does not fit the constraints.
+    """
+    data = TrainingData(config)
+    data.check_repetition(config)
+    if config.decides and config.remix.interval_samples is not None:
+        build_decider(config, data).check(
+            data.initial_schedule().mixture(0), config.remix.interval_samples
+        )
+    return data
+
+
 def build_decider(config: MixtureSections, data: TrainingData) -> Decider:
     """Return the Decider for a run's boundaries."""
     return Decider(

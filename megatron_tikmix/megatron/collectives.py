@@ -2,10 +2,10 @@
 
 import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -13,6 +13,8 @@ import torch.distributed as dist
 
 from megatron_tikmix.errors import InputError, TrainingError
 from megatron_tikmix.megatron.groups import Parallel
+
+Made = TypeVar("Made")
 
 
 def barrier(parallel: Parallel) -> None:
@@ -77,6 +79,30 @@ def agree_on_input(error: InputError | None, parallel: Parallel) -> None:
     for message in found:
         if message is not None:
             raise InputError(message)
+
+
+def make_on_all_ranks(
+    parallel: Parallel, make: Callable[[], Made], refusals: tuple[type[Exception], ...] = ()
+) -> Made:
+    """Return `make()`, or raise the same InputError on every rank if any rank fails. Collective.
+
+    Args:
+        refusals: further exceptions that count as input errors.
+
+    Raises:
+        InputError: that of the first rank that failed.
+    """
+    made: list[Made] = []
+    problem = None
+    try:
+        made.append(make())
+    except InputError as error:
+        problem = error
+    except refusals as error:
+        text = " ".join(str(error).split()) or type(error).__name__
+        problem = InputError(f"megatron-core refuses the configuration: {text}")
+    agree_on_input(problem, parallel)
+    return made[0]
 
 
 def first_problem(problem: str | None, parallel: Parallel) -> str | None:

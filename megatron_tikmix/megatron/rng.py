@@ -31,6 +31,22 @@ def set_rng_state(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state(state["cuda"])
 
 
+def same_rng_state(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Return whether all streams of two states are at the same place."""
+    streams, others = (
+        [s["cpu"], s.get("cuda", s["cpu"]), *s["tracker"].values()] for s in (one, other)
+    )
+    return all(
+        torch.equal(_bytes(stream), _bytes(other))
+        for stream, other in zip(streams, others, strict=True)
+    )
+
+
+def _bytes(stream: Any) -> torch.Tensor:
+    state: torch.Tensor = stream.get_state() if isinstance(stream, torch.Generator) else stream
+    return state
+
+
 def reseeded(state: dict[str, Any], seed: int) -> dict[str, Any]:
     """Return new states of all streams, derived from `seed` and the old states.
 

@@ -1,6 +1,7 @@
 """One forward-backward pass over micro-batches, and one optimizer step."""
 
 import itertools
+import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -16,7 +17,10 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_tikmix.megatron.groups import Parallel
+from megatron_tikmix.megatron.rng import rng_state, same_rng_state, set_rng_state
 from megatron_tikmix.megatron.samples import DocumentBoundaries, Sample
+
+_log = logging.getLogger(__name__)
 
 LossSums = list[dict[str, torch.Tensor]]
 """The schedule's results: one dict for each micro-batch, on the last pipeline stage only."""
@@ -368,6 +372,40 @@ def evaluation_mode(model: list[DistributedDataParallel]) -> Iterator[None]:
         finally:
             for module, training in modes:
                 module.training = training
+
+
+_CHANCE = ("hidden_dropout", "attention_dropout", "embedding_dropout")
+"""Attributes of modules that are probabilities of dropout, besides the `p` of torch's Dropout:
+megatron-core's layers and Transformer Engine's kernels read theirs at each pass."""
+
+
+@contextmanager
+def without_chance(model: list[DistributedDataParallel]) -> Iterator[None]:
+    """Leave the model in the mode of training with all chance off, and gather parameters.
+
+    A pass has then the same result as in evaluation mode, and is computed as in training:
+    megatron-core recomputes activations in training mode only, and Transformer Engine's attention
+    keeps what its backward pass needs. It draws no random number; a module that does all the same,
+    by dropout of its own, is named in a warning, and the random streams are put back.
+    """
+    before = rng_state()
+    with ExitStack() as stack:
+        stack.enter_context(gathered_parameters(model))
+        for chunk in model:
+            stack.enter_context(_set(chunk.config, moe_input_jitter_eps=None))
+            for module in chunk.modules():
+                if isinstance(module, torch.nn.Dropout):
+                    stack.enter_context(_set(module, p=0.0))
+                probabilities = {n: 0.0 for n in _CHANCE if isinstance(vars(module).get(n), float)}
+                if probabilities:
+                    stack.enter_context(_set(module, **probabilities))
+        yield
+    if not same_rng_state(before, rng_state()):
+        set_rng_state(before)
+        _log.warning(
+            "a module of the model draws random numbers when its dropout is 0, so that influence "
+            "is noisier than it need be; give it dropout by torch.nn.Dropout"
+        )
 
 
 def loss_and_tokens(sums: LossSums, parallel: Parallel) -> torch.Tensor:

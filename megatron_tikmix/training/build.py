@@ -1,18 +1,17 @@
 """Build all parts of a run, train, and shut down."""
 
 import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from megatron_tikmix.config import MixtureSections, RunConfig, launched_world
+from megatron_tikmix.config import RunConfig, launched_world
 from megatron_tikmix.data.builder import TrainingData
 from megatron_tikmix.data.dataset import BlendedDataset, DataParallelLoader
 from megatron_tikmix.errors import InputError, TrainingError
 from megatron_tikmix.measure.probe_plan import plan_probe
-from megatron_tikmix.measure.remixer import Remixer, build_decider
-from megatron_tikmix.megatron.collectives import agree_on_input, left_alone
+from megatron_tikmix.measure.remixer import Remixer, load_data
+from megatron_tikmix.megatron.collectives import left_alone, make_on_all_ranks
 from megatron_tikmix.megatron.groups import Parallel, initialize, shut_down
 from megatron_tikmix.megatron.model import build_model, kernels_in_use
 from megatron_tikmix.megatron.optimizer import build_optimizer, build_scheduler
@@ -23,8 +22,6 @@ from megatron_tikmix.training.plan import describe
 from megatron_tikmix.training.record import Recorder
 from megatron_tikmix.training.state import TrainState
 from megatron_tikmix.training.stopping import SignalWatch, Stopping
-
-Made = TypeVar("Made")
 
 # The exceptions by which megatron-core refuses a configuration.
 _REFUSALS = (ValueError, AssertionError, RuntimeError, TypeError, ImportError)
@@ -81,45 +78,6 @@ def pretrain(config: RunConfig, resolved: str) -> None:
         recorder.finish(run.stop_reason, run.state.iteration)
     finally:
         shut_down()
-
-
-def load_data(config: MixtureSections) -> TrainingData:
-    """Open the domains and tasks, and check that the configured decisions are possible on them.
-
-    Raises:
-        InputError: the data cannot be trained on, or does not fit the constraints.
-    """
-    data = TrainingData(config)
-    data.check_repetition(config)
-    if config.decides and config.remix.interval_samples is not None:
-        build_decider(config, data).check(
-            data.initial_schedule().mixture(0), config.remix.interval_samples
-        )
-    return data
-
-
-def make_on_all_ranks(
-    parallel: Parallel, make: Callable[[], Made], refusals: tuple[type[Exception], ...] = ()
-) -> Made:
-    """Return `make()`, or raise the same InputError on every rank if any rank fails. Collective.
-
-    Args:
-        refusals: further exceptions that count as input errors.
-
-    Raises:
-        InputError: that of the first rank that failed.
-    """
-    made: list[Made] = []
-    problem = None
-    try:
-        made.append(make())
-    except InputError as error:
-        problem = error
-    except refusals as error:
-        text = " ".join(str(error).split()) or type(error).__name__
-        problem = InputError(f"megatron-core refuses the configuration: {text}")
-    agree_on_input(problem, parallel)
-    return made[0]
 
 
 def build_training(

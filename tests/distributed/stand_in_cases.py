@@ -28,9 +28,10 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor  # noqa: E402
 from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: E402
 
 from megatron_tikmix.config import load_config  # noqa: E402
+from megatron_tikmix.measure.remixer import load_data  # noqa: E402
 from megatron_tikmix.megatron.groups import Parallel  # noqa: E402
 from megatron_tikmix.training import loop  # noqa: E402
-from megatron_tikmix.training.build import build, load_data  # noqa: E402
+from megatron_tikmix.training.build import build  # noqa: E402
 from megatron_tikmix.training.record import Recorder  # noqa: E402
 from megatron_tikmix.training.stopping import Stopping  # noqa: E402
 from tests.conftest import overridden  # noqa: E402

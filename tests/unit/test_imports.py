@@ -26,15 +26,20 @@ MAY_IMPORT = {
     "megatron": [*ABOVE, "config"],
     "measure": [*ABOVE, "config", "data", "megatron"],
     "training": [*ABOVE, "config", "data", "megatron", "measure", "monitoring"],
-    "hosts": [*ABOVE, "config", "data", "megatron", "measure", "training"],
-    "cli": [*ABOVE, "monitoring", "config", "data", "prepare", "megatron", "measure", "training"],
+    "hosts": [*ABOVE, "config", "data", "megatron", "measure"],
+    "rehearsal": [*ABOVE, "config", "data", "megatron", "measure", "training"],
+    "cli": [
+        *ABOVE,
+        *("monitoring", "config", "data", "prepare", "megatron", "measure", "training"),
+        "rehearsal",
+    ],
 }
 WITHOUT_TORCH = [*ABOVE, "monitoring"]
 
 TENSORBOARD = "torch.utils.tensorboard"
 """What monitoring may import of torch: the writer of event files."""
 
-DISTRIBUTED = {"megatron"}
+DISTRIBUTED = {"megatron", "rehearsal"}
 PRIVATE = {"megatron/cpu.py", "measure/shards.py"}
 """The only files that may touch private names of megatron-core."""
 
