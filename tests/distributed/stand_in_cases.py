@@ -14,13 +14,17 @@ import tempfile
 import traceback
 import warnings
 from collections import Counter
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from megatron_tikmix.rehearsal import stand_in
 
 stand_in.install()
 
+import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 import yaml  # noqa: E402
 from megatron.core import parallel_state, tensor_parallel  # noqa: E402
@@ -28,10 +32,13 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor  # noqa: E402
 from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: E402
 
 from megatron_tikmix.config import load_config  # noqa: E402
+from megatron_tikmix.measure import probe  # noqa: E402
 from megatron_tikmix.measure.remixer import load_data  # noqa: E402
+from megatron_tikmix.megatron import step  # noqa: E402
 from megatron_tikmix.megatron.groups import Parallel  # noqa: E402
 from megatron_tikmix.training import loop  # noqa: E402
 from megatron_tikmix.training.build import build  # noqa: E402
+from megatron_tikmix.training.checkpoint import Checkpointer  # noqa: E402
 from megatron_tikmix.training.record import Recorder  # noqa: E402
 from megatron_tikmix.training.stopping import Stopping  # noqa: E402
 from tests.conftest import overridden  # noqa: E402
@@ -47,6 +54,8 @@ def run_case(
     os.environ["RANK"], os.environ["WORLD_SIZE"] = str(rank), str(world_size)
     stand_in.begin(rank, world_size)
     seen: dict[str, Any] = {"errors": []}
+    for name in ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN"):
+        os.environ.pop(name, None)  # megatron-core holds a process to one backend
     try:
         config, resolved = load_config([str(path)])
         config.check(world_size)
@@ -84,14 +93,16 @@ def run_case(
             recorder = Recorder(config, resolved, parallel)
             recorder.open_folder()
             run = part("build", lambda: build(config, data, recorder, parallel))
+            loop_of[:] = [run]
             run.stopping = Stopping(config.train)
             recorder.begin("", run.state)
             part("start", lambda: loop.open_stage(run, None, loop.measure(run)))
-            part("first steps", lambda: loop.train_interval(run, until=3))
-            part("step", lambda: loop.train_interval(run, until=4))
+            part("first steps", lambda: loop.train_interval(run, until=2))
+            with mock.patch.object(loop, "train_step", partial(one_step, watched, loop.train_step)):
+                part("third step", lambda: loop.train_interval(run, until=3))
             if run.remixer is not None:
                 part("boundary", lambda: loop.reset_mixture(run, loop.measure(run)))
-                part("steps after", lambda: loop.train_interval(run, until=6))
+                part("steps after", lambda: loop.train_interval(run, until=4))
             seen["misplaced state"] = part("checkpoint", lambda: misplaced_state(run))
             recorder.close()
         seen["waits"] = [[phase, place, n] for (phase, place), n in watched.waits.items()]
@@ -102,7 +113,7 @@ def run_case(
         seen["peaks"] = {p: watched.peak(p) for p in ("build", "step", "boundary")}
         if rank == 0:
             said[:] = watched.said
-        seen["source"] = run.state.ledger[-1].source
+        seen["source"] = run.state.ledger[-1].source if run.state.ledger else None
     finally:
         with contextlib.suppress(Exception):
             parallel_state.destroy_model_parallel()
@@ -134,9 +145,58 @@ def misplaced_state(run: loop.Run) -> list[str]:
     return found
 
 
+def one_step(watched: stand_in.StandIn, train_step: Any, *arguments: Any) -> Any:
+    """An optimizer step, and nothing of the loop around it."""
+    with watched.phase("step"):
+        return train_step(*arguments)
+
+
 @contextlib.contextmanager
-def planted(what: str | None, rank: int):
-    yield
+def planted(what: str | None, rank: int) -> Iterator[None]:
+    """Break one thing, for the test to find."""
+    if what is None:
+        yield
+        return
+    owner, name, broken = {
+        "a CPU tensor in the loss": (step, "loss_sums", cpu_tensor_in_the_loss),
+        "a CPU tensor in the probe's sums": (probe, "inner_products", cpu_tensor_in_the_sums),
+        "a CPU tensor in a checkpoint": (Checkpointer, "_sharded_state", cpu_tensor_in_the_state),
+        "a collective that one rank skips": (step, "gradient_is_lost", collective_of_rank_0),
+        "a host wait in a step": (step, "gradient_is_lost", host_wait),
+    }[what]
+    with mock.patch.object(owner, name, partial(broken, getattr(owner, name), rank)):
+        yield
+
+
+def cpu_tensor_in_the_loss(loss_sums: Any, rank: int, mask: Any, *rest: Any) -> Any:
+    return loss_sums(torch.ones(mask.shape), *rest)
+
+
+def cpu_tensor_in_the_sums(inner_products: Any, rank: int, *arguments: Any) -> Any:
+    products_V = inner_products(*arguments)
+    return products_V + torch.zeros(products_V.shape)
+
+
+def cpu_tensor_in_the_state(sharded_state: Any, rank: int, **arguments: Any) -> Any:
+    run = loop_of[-1]
+    state = sharded_state(run.checkpointer, **arguments)
+    part = next(key for key in state if key not in ("optimizer", "scheduler", "rng_state"))
+    first = next(value for value in state[part].values() if isinstance(value, ShardedTensor))
+    first.data = torch.zeros(first.data.shape)
+    return state
+
+
+def collective_of_rank_0(gradient_is_lost: Any, rank: int, model: Any) -> Any:
+    if rank == 0:
+        dist.all_reduce(torch.zeros(1, device=stand_in.DEVICE))
+    return gradient_is_lost(model)
+
+
+def host_wait(gradient_is_lost: Any, rank: int, model: Any) -> Any:
+    return int(bool(not gradient_is_lost(model)))
+
+
+loop_of: list[loop.Run] = []
 
 
 def main(settings: str, cases: str, result: str | None = None) -> None:
