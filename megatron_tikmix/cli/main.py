@@ -15,6 +15,7 @@ COMMANDS = {
     "inspect": "ask about a run: summary, mixture, influence, why, compare",
     "report": "write a run's report.html: what moved, why, and what came of it",
     "propose": "measure influence at a checkpoint and propose a mixture",
+    "rehearse": "memory, collectives and host waits of one rank of a job, without a GPU",
     "checkpoint": "list, verify and show checkpoints",
 }
 """Every command and its line of help. The command `x` is the module ``megatron_tikmix.cli.x``."""

@@ -176,7 +176,9 @@ def _propose(
     config: RunConfig, data: TrainingData, iteration: int | None, parallel: Parallel
 ) -> Proposal:
     plan = plan_probe(config, parallel.world_size, data)
-    forward_backward, optimizer, scheduler = build_training(config, data, parallel)
+    forward_backward, optimizer, scheduler = build_training(
+        config, data.manifest.vocab_size, data.boundaries, parallel
+    )
     # Data may be other than what was trained on; the parameters must be this model's.
     of_model = {
         name: value

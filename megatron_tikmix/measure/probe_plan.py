@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass, replace
 
-from megatron_tikmix.config import MixtureSections, RunConfig
+from megatron_tikmix.config import MixtureSections, ProbeConfig, RunConfig
 from megatron_tikmix.data.builder import TrainingData
 from megatron_tikmix.errors import InputError
 from megatron_tikmix.influence.bank import MIN_SUB_BATCHES
@@ -177,9 +177,6 @@ def _as_configured(trained: Trained, config: MixtureSections, data: TrainingData
         _filled(min(probe.task_samples, task.decide.samples_per_epoch), least * ranks)
         for task in data.probed_tasks
     )
-    P = trained.parameters
-    of_slices, of_whole = V * P / ranks, math.ceil(V / groups) * P
-    kept = of_slices if not replicated else of_whole + (of_slices if groups > 1 else 0)
     limits = [
         probe.max_tokens,
         None if probe.max_overhead is None else int(probe.max_overhead * interval_samples * length),
@@ -204,9 +201,27 @@ def _as_configured(trained: Trained, config: MixtureSections, data: TrainingData
         interval_tokens=interval_samples * length,
         max_overhead=probe.max_overhead,
         flops_per_token=trained.flops_per_token,
-        gradient_bytes=int(kept * (2 if probe.gradient_dtype == "bf16" else 4)),
+        gradient_bytes=kept_gradient_bytes(probe, V, trained.parameters, ranks),
         mode=probe.data_parallel_mode,
     )
+
+
+def kept_gradient_bytes(
+    probe: ProbeConfig, rows: int, parameters: int, data_parallel_size: int
+) -> int:
+    """Return the bytes of validation gradients that a rank keeps.
+
+    Args:
+        rows: gradients, of tasks and with joint influence of domains.
+        parameters: their number on the rank.
+    """
+    of_slices = rows * parameters / data_parallel_size
+    group = probe.task_group_size or rows
+    if probe.data_parallel_mode == "sharded":
+        kept = of_slices
+    else:
+        kept = min(group, rows) * parameters + (of_slices if group < rows else 0)
+    return int(kept * (2 if probe.gradient_dtype == "bf16" else 4))
 
 
 def _filled(samples: int, step: int) -> int:

@@ -288,6 +288,7 @@ def install() -> None:
         yield _Done()
 
     _autocast_as_on_the_cpu()
+    vars(torch.nn.functional).update(scaled_dot_product_attention=_attention)
     # What asks a group for the backend of a device, which these groups do not have.
     vars(dist).update(
         new_group=fake_group,
@@ -316,6 +317,28 @@ def _autocast_as_on_the_cpu() -> None:
         autocast=Autocast,
     )
     vars(torch.amp.autocast_mode).update(autocast=Autocast)
+
+
+def _attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> torch.Tensor:
+    """Attention as in the kernels that torch takes on an accelerator, which keep no scores."""
+    if attn_mask is None and query.dtype != torch.float32:
+        flash = torch.ops.aten._scaled_dot_product_flash_attention
+        output: torch.Tensor = flash(query, key, value, dropout_p, is_causal, scale=scale)[0]
+        return output
+    if attn_mask is not None:
+        attn_mask = attn_mask.expand(*query.shape[:3], key.shape[2])
+    efficient = torch.ops.aten._scaled_dot_product_efficient_attention
+    output = efficient(query, key, value, attn_mask, True, dropout_p, is_causal, scale=scale)[0]
+    return output
 
 
 class _Done:

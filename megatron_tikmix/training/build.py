@@ -15,6 +15,7 @@ from megatron_tikmix.megatron.collectives import left_alone, make_on_all_ranks
 from megatron_tikmix.megatron.groups import Parallel, initialize, shut_down
 from megatron_tikmix.megatron.model import build_model, kernels_in_use
 from megatron_tikmix.megatron.optimizer import build_optimizer, build_scheduler
+from megatron_tikmix.megatron.samples import DocumentBoundaries
 from megatron_tikmix.megatron.step import ForwardBackward, connect, forward_step
 from megatron_tikmix.training.checkpoint import Checkpointer, fingerprint
 from megatron_tikmix.training.loop import Run, train
@@ -81,9 +82,13 @@ def pretrain(config: RunConfig, resolved: str) -> None:
 
 
 def build_training(
-    config: RunConfig, data: TrainingData, parallel: Parallel
+    config: RunConfig, vocab_size: int, boundaries: DocumentBoundaries, parallel: Parallel
 ) -> tuple[ForwardBackward, Any, Any]:
     """Build the model, the optimizer and the learning-rate scheduler. Collective.
+
+    Args:
+        vocab_size: of the tokenizer, without padding.
+        boundaries: what documents in one sample are to each other.
 
     Raises:
         InputError: megatron-core refuses the configuration.
@@ -93,7 +98,7 @@ def build_training(
         model = build_model(
             config.model,
             config.ddp,
-            vocab_size=data.manifest.vocab_size,
+            vocab_size=vocab_size,
             sequence_length=config.data.sequence_length,
             seed=config.seed,
             parallel=parallel,
@@ -108,7 +113,7 @@ def build_training(
         parallel,
         config.train.micro_batch_size,
         config.data.sequence_length,
-        partial(forward_step, boundaries=data.boundaries),
+        partial(forward_step, boundaries=boundaries),
     )
     return forward_backward, optimizer, scheduler
 
@@ -139,7 +144,9 @@ def build(config: RunConfig, data: TrainingData, recorder: Recorder, parallel: P
     """Build a run, and load the newest checkpoint in run_dir, if any. Collective."""
     # The same on every rank, since it depends only on the configuration and the data's sizes.
     plan = plan_probe(config, parallel.world_size, data)
-    forward_backward, optimizer, scheduler = build_training(config, data, parallel)
+    forward_backward, optimizer, scheduler = build_training(
+        config, data.manifest.vocab_size, data.boundaries, parallel
+    )
     state = TrainState(config.train.train_iters, data.initial_schedule())
     checkpointer = build_checkpointer(
         config, forward_backward, optimizer, scheduler, fingerprint(config, data)

@@ -31,7 +31,9 @@ def losses(settings: dict[str, Any]) -> dict[str, list[float]]:
     config, _ = load_settings(settings)
     with job(settings) as parallel:
         data = TrainingData(config)
-        forward_backward, _, _ = build_training(config, data, parallel)
+        forward_backward, _, _ = build_training(
+            config, data.manifest.vocab_size, data.boundaries, parallel
+        )
         batches = micro_batches(data.streams)
         found = {}
         model_config = forward_backward.model[0].config
