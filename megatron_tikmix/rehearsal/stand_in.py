@@ -288,7 +288,7 @@ def install() -> None:
         yield _Done()
 
     _autocast_as_on_the_cpu()
-    vars(torch.nn.functional).update(scaled_dot_product_attention=_attention)
+    vars(torch.nn.functional).update(scaled_dot_product_attention=_attention, rms_norm=_rms_norm)
     # What asks a group for the backend of a device, which these groups do not have.
     vars(dist).update(
         new_group=fake_group,
@@ -338,6 +338,32 @@ def _attention(
         attn_mask = attn_mask.expand(*query.shape[:3], key.shape[2])
     efficient = torch.ops.aten._scaled_dot_product_efficient_attention
     output = efficient(query, key, value, attn_mask, True, dropout_p, is_causal, scale=scale)[0]
+    return output
+
+
+class _RMSNorm(torch.autograd.Function):
+    """What torch's kernel for an accelerator keeps and makes: no float32 copies of its input."""
+
+    @staticmethod
+    def forward(ctx: Any, values: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
+        scale = values.new_empty(values.shape[:-1], dtype=torch.float32)
+        ctx.save_for_backward(values, weight, scale)
+        return torch.empty_like(values)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        values, weight, _ = ctx.saved_tensors
+        return torch.empty_like(values), None if weight is None else torch.empty_like(weight)
+
+
+def _rms_norm(
+    values: torch.Tensor,
+    normalized_shape: Any,
+    weight: torch.Tensor | None = None,
+    eps: float | None = None,
+) -> torch.Tensor:
+    """Norm over the last dimension, as :class:`_RMSNorm`."""
+    output: torch.Tensor = _RMSNorm.apply(values, weight)
     return output
 
 

@@ -291,7 +291,8 @@ def _activations(config: RunConfig, vocab_size: int) -> int:
     keys = 2 * (model.num_query_groups or model.num_attention_heads) * model.kv_channels
     whole = 4 * hidden  # the inputs of two norms, of attention and of the MLP
     gated = 3 if model.bias_activation_fusion else 5  # both halves, then each once more, product
-    split = 2 * query + keys + (gated if model.gated_linear_unit else 2) * ffn
+    rotated = query + keys // 2 if model.position_embedding_type == "rope" else 0  # copies
+    split = 2 * query + keys + rotated + (gated if model.gated_linear_unit else 2) * ffn
     per_token = whole / (tp if model.sequence_parallel else 1) + split / tp
     flash = model.uses_transformer_engine or model.uses_torch_attention
     if not flash and model.recompute_granularity != "selective":
@@ -300,7 +301,9 @@ def _activations(config: RunConfig, vocab_size: int) -> int:
         if model.attention_dropout:
             copies += 1 + 1 / width  # what is left of them, and a mask
         per_token += copies * scores  # after softmax
+    recomputed = 0.0
     if model.recompute_granularity == "full":
+        recomputed = per_token  # of the layer that is recomputed
         per_token = hidden / (tp if model.sequence_parallel else 1)
     in_flight: float = pp
     stages = model.virtual_pipeline_model_parallel_size
@@ -311,7 +314,8 @@ def _activations(config: RunConfig, vocab_size: int) -> int:
     if config.data.reset_attention_mask:
         mask = in_flight * config.data.sequence_length * (1 + width * model.uses_torch_attention)
     logits = padded_vocab_size(vocab_size, model) / tp * (width + 4)  # and their float32 softmax
-    return int(tokens * (layers * per_token * width + mask + (logits if pp == 1 else 0)))
+    kept = (layers * per_token + recomputed) * width + mask
+    return int(tokens * (kept + (logits if pp == 1 else 0)))
 
 
 def peak_memory_bytes(device: torch.device) -> int:

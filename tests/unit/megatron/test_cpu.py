@@ -17,7 +17,7 @@ def test_devices_types_and_methods_are_redirected() -> None:
     assert rewritten("x = torch.zeros(1, device='cuda')") == "x = torch.zeros(1, device='cpu')"
     assert "torch.cuda" not in rewritten("d = torch.cuda.current_device()")
     assert rewritten("t == 'torch.cuda.FloatTensor'") == "t == 'torch.FloatTensor'"
-    assert rewritten("y = x.cuda(non_blocking=True)") == "y = x.cpu()"
+    assert rewritten("y = x.cuda(non_blocking=True)") == "y = x.to('cpu')"
 
 
 def test_other_code_stays_as_it_is() -> None:
