@@ -3,7 +3,7 @@
   pack   downloads the wheels that a machine without network lacks into .wheels, and checks their
          size; take that folder along with the checkout
   run    runs the pieces below, in this order, or those named. A second call goes on where the
-         first stopped; a piece that failed is run again when it is named
+         first stopped; a piece that failed is run again with --failed, or when it is named
 
 The report is gpu_first.json and gpu_first.md in --output, with an archive of the logs. With
 DEVICE=cpu every piece is rehearsed without a GPU, small and on gloo: that shows that the pieces
@@ -99,6 +99,7 @@ def run(options: argparse.Namespace) -> int:
         places,
         device=device,
         named=options.pieces,
+        failed=options.failed,
         minutes=options.minutes,
         say=lambda text: print(text, flush=True),
     )
@@ -144,6 +145,7 @@ def parser() -> argparse.ArgumentParser:
     packing.add_argument("--leave-out", nargs="+", default=[], metavar="NAME", help="leave out")
     running = commands.add_parser("run", help="run pieces", allow_abbrev=False)
     running.add_argument("pieces", nargs="*", metavar="PIECE", help="all that are left, if none")
+    running.add_argument("--failed", action="store_true", help="those that failed, too")
     running.add_argument(
         "--output", type=Path, metavar="DIR", help="of the report (default: $OUT, or in --work)"
     )

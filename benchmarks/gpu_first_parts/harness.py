@@ -82,15 +82,17 @@ def run(
     *,
     device: str,
     named: Sequence[str] = (),
+    failed: bool = False,
     minutes: float = 9.0,
     say: Callable[[str], None] = print,
 ) -> Figures:
-    """Run the pieces that have not been run, or those named, anew; the report.
+    """Run the pieces that are left, or those named, anew; the report.
 
     The report is written after each piece. It is gone on from as `places` has it.
 
     Args:
         device: `cuda` or `cpu`.
+        failed: those that have failed are left, too; they go on from the steps that they ended.
         minutes: of the whole call. A piece that it cuts short goes on in the next one.
 
     Raises:
@@ -102,8 +104,9 @@ def run(
             raise RunError(f"there is no piece {name}; there are {', '.join(known)}")
     report = earlier(places, device)
     found: Figures = report["pieces"]
+    finished = set(FINISHED) - ({"failed"} if failed else set())
     chosen = [known[name] for name in named] or [
-        piece for piece in pieces if found.get(piece.name, {}).get("state") not in FINISHED
+        piece for piece in pieces if found.get(piece.name, {}).get("state") not in finished
     ]
     ends = time.monotonic() + 60 * minutes
     for number, piece in enumerate(chosen):

@@ -61,9 +61,9 @@ def toy(name: str, seconds: float = 60, **arguments: str) -> Piece:
     return Piece(name, f"what {name} finds", f"toy_{name}", seconds, arguments)
 
 
-def run(places: Places, *pieces: Piece, named: tuple[str, ...] = ()) -> dict[str, Any]:
+def run(places: Places, *pieces: Piece, **options: Any) -> dict[str, Any]:
     said: list[str] = []
-    report = harness.run(pieces, places, device="cpu", named=named, say=said.append)
+    report = harness.run(pieces, places, device="cpu", say=said.append, **options)
     assert json.loads(places.report.read_text()) == report
     return {"said": said, **report["pieces"]}
 
@@ -102,6 +102,9 @@ def test_a_second_call_runs_what_is_left_and_a_named_piece_anew(places: Places) 
     assert (places.work / "done").read_text() == "onetwoonetwo"
     assert again["two"]["steps"]["one"]["figures"] == {"asked": "again"}
     assert again["good"]["state"] == "done"
+    assert [line.split(":")[0] for line in run(places, *pieces, failed=True)["said"]] == [
+        "broken"
+    ] * 2
 
 
 def test_a_piece_that_is_cut_short_goes_on_where_it_was(places: Places) -> None:
