@@ -85,7 +85,7 @@ def run(options: argparse.Namespace) -> int:
     device = os.environ.get("DEVICE", "cuda")
     if device not in ("cuda", "cpu"):
         raise RunError(f"DEVICE is {device}; it must be cuda or cpu")
-    if device == "cuda" and harness.driver() is None:
+    if device == "cuda" and not harness.has_card():
         raise RunError("there is no NVIDIA GPU here; DEVICE=cpu rehearses every piece without one")
     work = options.work or Path("runs/benchmarks/gpu_first") / device
     output = options.output or Path(os.environ.get("OUT") or work / "report")

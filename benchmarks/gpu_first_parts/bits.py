@@ -18,7 +18,7 @@ KINDS: dict[str, tuple[dict[str, Any], bool]] = {
 
 
 def measure(notes: Notes, device: str, work: Path) -> None:
-    versions.note_machine(notes)
+    versions.note_machine(notes, device)
     runs.tiny(work, "none")  # writes the corpus
     for kind in KINDS if device == "cuda" else ["float32"]:
         # Starting takes longest, and leaves the card alone.

@@ -34,7 +34,7 @@ class _Noting:
 
 
 def measure(notes: Notes, device: str, work: Path) -> None:
-    versions.note_machine(notes)
+    versions.note_machine(notes, device)
     options = ["-q", "-p", "no:cacheprovider", "-o", "addopts=", str(ROOT / "tests" / "gpu")]
     code = pytest.main(options, plugins=[_Noting(notes)])
     if code not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):

@@ -294,6 +294,11 @@ def driver() -> str | None:
     return result.stdout.splitlines()[0].strip() if result.stdout else None
 
 
+def has_card() -> bool:
+    """Whether there is an NVIDIA card, as far as can be told without torch."""
+    return driver() is not None or any(Path("/dev").glob("nvidia[0-9]*"))
+
+
 def host() -> str:
     """Processors and Python."""
     return f"{os.cpu_count()} cores, Python {platform.python_version()}"

@@ -22,7 +22,7 @@ SHOWN = 12
 
 
 def measure(notes: Notes, device: str, work: Path) -> None:
-    versions.note_machine(notes)
+    versions.note_machine(notes, device)
     shutil.rmtree(work / "runs" / "host-waits", ignore_errors=True)
     settings = runs.tiny(work, "host-waits", {"model.bf16": True, "train.log_interval": 100})
     with runs.built(settings) as (run, _):

@@ -29,7 +29,7 @@ TWO_HOSTS = {
 
 
 def measure(notes: Notes, device: str, work: Path) -> None:
-    versions.note_machine(notes)
+    versions.note_machine(notes, device)
     # Without dropout, whose random streams differ between layouts.
     plain = {"model.hidden_dropout": 0.0, "model.attention_dropout": 0.0, "remix.mode": "advise"}
     expected = _trained(work, "pair-one", plain, {0: {}})

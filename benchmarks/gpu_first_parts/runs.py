@@ -4,6 +4,7 @@ import copy
 import os
 import subprocess
 import sys
+import time
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -211,7 +212,12 @@ def train(
     processes = [
         subprocess.Popen(program, env={**os.environ, **values}) for values in ranks.values()
     ]
-    codes = [process.wait() for process in processes]
+    while None in (codes := [process.poll() for process in processes]):
+        if any(codes):  # the others wait for it in vain
+            time.sleep(5)
+            for process in processes:
+                process.kill()
+        time.sleep(0.1)
     if any(codes):
         raise RuntimeError(f"{settings['run_dir']}: exit codes {codes}; see the piece's log")
 

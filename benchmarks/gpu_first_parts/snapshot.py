@@ -18,7 +18,7 @@ EMPTIED = {"gradient buffers", "gradients", "modes"}
 
 
 def measure(notes: Notes, device: str, work: Path) -> None:
-    versions.note_machine(notes)
+    versions.note_machine(notes, device)
     for kind, bf16 in (("float32", False), ("bf16", True)):
         name = f"snapshot-{kind}"
         shutil.rmtree(work / "runs" / name, ignore_errors=True)

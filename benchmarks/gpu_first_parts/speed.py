@@ -5,6 +5,7 @@ import resource
 import shutil
 import statistics
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -47,7 +48,7 @@ def measure(
     attention: str = "local",
     recompute: str = "none",
 ) -> None:
-    versions.note_machine(notes)
+    versions.note_machine(notes, device)
     sdpa = hasattr(GPTConfig, "uses_torch_attention")
     if attention == "sdpa" and not sdpa:
         raise Skipped("the configuration has no attention by torch's scaled_dot_product_attention")
@@ -63,22 +64,24 @@ def measure(
     with runs.built(settings) as (run, data):
         figures = _Measured(notes, run, data)
         problems: list[Exception] = []
-        parts: tuple[Callable[[], None], ...] = (
-            *(figures.plan, figures.step, figures.probe, figures.after, figures.checkpoint),
-            lambda: figures.beside_a_plain_loop(str(runs.written(settings))),
-        )
-        for part in parts:
+        parts: dict[str, Callable[[], None]] = {
+            "plan": figures.plan,
+            "training step": figures.step,
+            "probe": figures.probe,
+            "steps after the probe": figures.after,
+            "checkpoint": figures.checkpoint,
+            "plain loop": lambda: figures.beside_a_plain_loop(str(runs.written(settings))),
+        }
+        for part, take in parts.items():
             try:
-                part()
-            except torch.OutOfMemoryError as error:
-                notes.add(
-                    f"out of memory in {getattr(part, '__name__', 'the plain loop')}",
-                    {"said": str(error)[:200]},
-                )
-                problems.append(error)
-                torch.cuda.empty_cache()
+                take()
             except Exception as error:  # the others are worth having all the same
+                traceback.print_exc()
                 problems.append(error)
+                if isinstance(error, torch.OutOfMemoryError):
+                    notes.add(f"out of memory: {part}", {"said": str(error)[:200]})
+                    traceback.clear_frames(error.__traceback__)  # which hold on to tensors
+                    torch.cuda.empty_cache()
         if problems:
             raise problems[0]
 

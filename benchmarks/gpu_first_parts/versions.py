@@ -23,7 +23,7 @@ PACKAGES = (
 
 
 def measure(notes: Notes, device: str, work: Path) -> None:
-    note_machine(notes)
+    note_machine(notes, device)
     found: dict[str, Any] = {}
     for name in PACKAGES:
         try:
@@ -44,9 +44,15 @@ def measure(notes: Notes, device: str, work: Path) -> None:
     notes.add("bf16 matrix product, TFLOP/s by its size", rates)
 
 
-def note_machine(notes: Notes) -> None:
-    """Put the machine at the head of the report."""
+def note_machine(notes: Notes, device: str) -> None:
+    """Put the machine at the head of the report.
+
+    Raises:
+        RuntimeError: torch sees no GPU, and one is asked for.
+    """
     on_gpu = torch.cuda.is_available()
+    if device == "cuda" and not on_gpu:
+        raise RuntimeError(f"torch {torch.__version__} sees no GPU here; DEVICE=cpu rehearses")
     notes.content["machine"] = {
         "card": torch.cuda.get_device_name() if on_gpu else None,
         "memory, GiB": torch.cuda.get_device_properties(0).total_memory / 2**30 if on_gpu else None,

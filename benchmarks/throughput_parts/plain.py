@@ -128,7 +128,10 @@ class PlainLoop:
             wd_incr_style="constant",
         )
         sampler = BatchSampler(SequentialSampler(dataset), self.micro, drop_last=True)
-        self.batches = iter(DataLoader(dataset, batch_sampler=sampler))
+        on_gpu = torch.cuda.is_available()
+        workers = config.data.num_workers or 0
+        loader = DataLoader(dataset, batch_sampler=sampler, num_workers=workers, pin_memory=on_gpu)
+        self.batches = iter(loader)
         self.schedule = get_forward_backward_func()
         self.losses: list[float] = []
 

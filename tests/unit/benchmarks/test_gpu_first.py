@@ -207,8 +207,9 @@ def test_pieces_are_rehearsed_without_a_gpu(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_every_piece_is_rehearsed_without_a_gpu(tmp_path: Path) -> None:
-    result = rehearse(tmp_path)
+    result = rehearse(tmp_path, "--minutes", "18")
     assert result.returncode == 0, result.stdout + result.stderr
     report = json.loads((tmp_path / "report" / "gpu_first.json").read_text())
     states = {name: entry["state"] for name, entry in report["pieces"].items()}
