@@ -119,6 +119,7 @@ def torchrun(
     command: list[str], ranks: int = 1, *, max_restarts: int = 0, timeout: float = 300.0
 ) -> subprocess.CompletedProcess[str]:
     """Run ``python *command``, through torchrun on more than one rank."""
+    python_path = filter(None, [os.environ.get("PYTHONPATH")])
     options = ["--standalone", f"--nproc-per-node={ranks}", f"--max-restarts={max_restarts}"]
     return subprocess.run(
         [
@@ -131,7 +132,7 @@ def torchrun(
         timeout=timeout,
         check=False,
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *python_path])},
     )
 
 

@@ -105,12 +105,13 @@ THREE = ((1, 1, 1), (8, 1, 1), (1, 8, 1))
 def state_digests(run: Run) -> dict[str, str]:
     """What training goes on from, a digest for each kind, read from megatron-core's objects."""
     chunks = run.forward_backward.model
+    on_gpu = [torch.cuda.get_rng_state()] if torch.cuda.is_available() else []
     kinds: dict[str, list[Any]] = {
         "parameters": [p.data for chunk in chunks for p in chunk.parameters()],
         "gradient buffers": [p.main_grad for chunk in chunks for p in chunk.parameters()],
         "modes": [part.training for chunk in chunks for part in chunk.modules()],
         "scheduler": [sorted(run.scheduler.state_dict().items())],
-        "cpu generator": [torch.get_rng_state()],
+        "default generators": [torch.get_rng_state(), *on_gpu],
         "tracked generators": list(tensor_parallel.get_cuda_rng_tracker().get_states().values()),
         "main parameters": [],
         "optimizer state": [],
@@ -143,7 +144,7 @@ def _digest(values: list[Any]) -> str:
     digest = hashlib.sha256(str(len(values)).encode())
     for value in values:
         if isinstance(value, torch.Tensor):
-            digest.update(value.detach().flatten().view(torch.uint8).numpy().tobytes())
+            digest.update(value.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
         else:
             digest.update(repr(value).encode())
     return digest.hexdigest()
@@ -160,12 +161,12 @@ def bytes_alive() -> int:
     return sum(storages.values())
 
 
-def losses_of_steps(run: Run, steps: int) -> list[float]:
+def losses_of_steps(run: Run, steps: int) -> list[float | None]:
     """Training goes on for a few steps: the loss sum on this rank and the gradient norm of each."""
     config = run.config.train
     batches = run.loader.interval(run.state.consumed_samples, steps * config.global_batch_size)
     per_pass = config.micro_batch_size * run.parallel.data_parallel_size
-    figures = []
+    figures: list[float | None] = []
     for _ in range(steps):
         result = train_step(
             run.forward_backward,
@@ -191,4 +192,6 @@ def failing(run: Run, calls: int, error: Exception) -> None:
         return real(*arguments, **options)
 
     run.forward_backward.forward_step_func = forward_step
-    run.forward_backward.mended = partial(setattr, run.forward_backward, "forward_step_func", real)
+    vars(run.forward_backward)["mended"] = partial(
+        setattr, run.forward_backward, "forward_step_func", real
+    )

@@ -21,6 +21,8 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.spec_utils import ModuleSpec
 from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
 
 
@@ -56,7 +58,8 @@ def blended(
 
 
 def forward_step(data: Iterator[dict[str, torch.Tensor]], model: torch.nn.Module) -> Any:
-    batch = next(data)
+    device = next(model.parameters()).device
+    batch = {name: value.to(device, non_blocking=True) for name, value in next(data).items()}
     output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
     return output, partial(loss_function, batch["loss_mask"])
 
@@ -68,13 +71,24 @@ def loss_function(mask: torch.Tensor, output: torch.Tensor) -> Any:
 
 
 class PlainLoop:
-    """One rank of training, of the sizes of a run's configuration, which it takes over."""
+    """One rank of training, of the sizes of a run's configuration, which it takes over.
 
-    def __init__(self, config: Any, dataset: BlendedDataset, groups: Any, vocab_size: int) -> None:
+    Args:
+        layer: in place of megatron-core's local layer.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        dataset: BlendedDataset,
+        groups: Any,
+        vocab_size: int,
+        layer: ModuleSpec | None = None,
+    ) -> None:
         model_config, train = config.model, config.train
-        model = GPTModel(
+        model: torch.nn.Module = GPTModel(
             model_config,
-            get_gpt_layer_local_spec(normalization=model_config.normalization),
+            layer or get_gpt_layer_local_spec(normalization=model_config.normalization),
             vocab_size=vocab_size,
             max_sequence_length=config.data.sequence_length,
             share_embeddings_and_output_weights=model_config.share_embeddings_and_output_weights,
@@ -83,6 +97,10 @@ class PlainLoop:
             rotary_base=model_config.rotary_base,
             pg_collection=groups,
         )
+        if torch.cuda.is_available():
+            model = model.cuda()
+        if model_config.bf16:
+            model = Float16Module(model_config, model)
         self.model = DistributedDataParallel(model_config, config.ddp, model, pg_collection=groups)
         self.optimizer = get_megatron_optimizer(
             config.optimizer,
@@ -110,12 +128,15 @@ class PlainLoop:
             wd_incr_style="constant",
         )
         sampler = BatchSampler(SequentialSampler(dataset), self.micro, drop_last=True)
-        self.batches = iter(DataLoader(dataset, batch_sampler=sampler))
+        on_gpu = torch.cuda.is_available()
+        workers = config.data.num_workers or 0
+        loader = DataLoader(dataset, batch_sampler=sampler, num_workers=workers, pin_memory=on_gpu)
+        self.batches = iter(loader)
         self.schedule = get_forward_backward_func()
         self.losses: list[float] = []
 
     def train(self, steps: int) -> None:
-        loss_and_tokens = torch.zeros(2)
+        loss_and_tokens = torch.zeros(2, device=next(self.model.parameters()).device)
         for _ in range(steps):
             self.model.zero_grad_buffer()
             self.optimizer.zero_grad()

@@ -1,5 +1,8 @@
 """The same path on one GPU, with NCCL. Skipped without one."""
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,15 @@ from tests.conftest import overridden, read_rows
 from tests.influence_reference import largest_error, make_ragged, probe_of, reference
 from tests.one_rank import one_rank
 from tests.ranks import launch
+from tests.rollout_runs import (
+    DROPOUT,
+    THREE,
+    candidates,
+    losses_of_steps,
+    rollouts_of,
+    settled,
+    state_digests,
+)
 
 pytestmark = pytest.mark.skipif(
     not (torch.cuda.is_available() and torch.distributed.is_nccl_available()),
@@ -21,6 +33,11 @@ pytestmark = pytest.mark.skipif(
 
 # Without Transformer Engine, whose kernels take no part of these shapes in float32.
 LOCAL = {"model.transformer_impl": "local", "probe.damping": 0.1}
+EVERY_LAYER = {
+    "model.recompute_granularity": "full",
+    "model.recompute_method": "uniform",
+    "model.recompute_num_layers": 1,
+}
 
 
 @pytest.mark.parametrize("bf16", [False, True])
@@ -80,6 +97,85 @@ def test_transformer_engine_is_used_where_it_is(settings: dict[str, Any]) -> Non
     result = launch(overridden(settings, {"model.bf16": True}))
     assert "attention Transformer Engine TEDotProductAttention" in result.stderr
     assert "optimizer Transformer Engine FusedAdam" in result.stderr
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_rollouts_are_undone_to_the_bit(
+    bf16: bool, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    """Dropout is on, so the card's random streams are part of what is put back."""
+    with one_rank(overridden(settings, LOCAL | DROPOUT | {"model.bf16": bf16}), tmp_path) as run:
+        train_interval(run, until=4)
+        before = settled(run)
+        rollouts_of(run).measure(candidates(run.domains, *THREE), seed=7, iters=2)
+        assert state_digests(run) == before
+        # That the digests see what a step changes, so that equal ones mean something.
+        losses_of_steps(run, 2)
+        changed = {kind for kind, value in settled(run).items() if value != before[kind]}
+        assert changed == set(before) - {"gradient buffers", "gradients", "modes"}
+
+
+@contextmanager
+def deterministic() -> Iterator[None]:
+    """Have torch use algorithms that give the same bits each time, where it has any."""
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # as torch asks for
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+
+
+def test_neither_a_probe_nor_a_resumption_changes_a_bit(settings: dict[str, Any]) -> None:
+    static = DROPOUT | {"model.bf16": True, "remix.policy": "static"}
+
+    def losses(name: str, *launches: dict[str, Any]) -> list[tuple[float, float]]:
+        run_dir = f"{settings['run_dir']}-{name}"
+        for fields in launches:
+            mine = LOCAL | fields | {"run_dir": run_dir, "train.log_interval": 1}
+            launch(overridden(settings, mine), change=(deterministic,))
+        rows = read_rows(run_dir, "metrics.jsonl")
+        return [(row["lm_loss"], row["grad_norm"]) for row in rows]
+
+    expected = losses("plain", static)
+    assert len(expected) == 12
+    probed = static | {"remix.policy": "tikmix_d", "remix.mode": "advise"}
+    assert losses("probed", probed) == expected
+    assert losses("resumed", static | {"train.exit_interval": 6}, static) == expected
+
+
+def test_recomputed_layers_give_the_same_influence(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    matrices = []
+    for recomputed in ({}, EVERY_LAYER):
+        with one_rank(overridden(settings, LOCAL | recomputed), tmp_path) as run:
+            matrices.append(probed(run, curvature="identity").influence_matrix().values_VD)
+    scale_V1 = np.abs(matrices[0]).max(axis=1, keepdims=True)
+    assert (np.abs(matrices[0] - matrices[1]) / scale_V1).max() < 1e-5
+
+
+@pytest.mark.parametrize("recomputed", [{}, EVERY_LAYER], ids=["kept", "recomputed"])
+def test_a_probe_needs_the_memory_of_a_step_and_of_what_it_keeps(
+    recomputed: dict[str, Any], settings: dict[str, Any], tmp_path: Path
+) -> None:
+    """Of a model whose activations outweigh all else, so that they show."""
+    wide = {
+        "model.hidden_size": 256,
+        "model.ffn_hidden_size": 1024,
+        "train.micro_batch_size": 32,
+        "train.global_batch_size": 32,
+        "remix.interval_samples": 128,
+        "probe.sub_batch_samples": 32,
+        "probe.task_samples": 32,
+    }
+    with one_rank(overridden(settings, LOCAL | wide | recomputed), tmp_path) as run:
+        assert run.probe_plan is not None
+        train_interval(run, until=2)
+        torch.cuda.reset_peak_memory_stats()
+        train_interval(run, until=3)
+        of_a_step = torch.cuda.max_memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        probed(run)
+        of_a_probe = torch.cuda.max_memory_allocated()
+    assert of_a_probe <= 1.05 * (of_a_step + run.probe_plan.gradient_bytes)
 
 
 def probed(run: Run, **fields: Any) -> SubBatchBank:
