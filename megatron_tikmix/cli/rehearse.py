@@ -115,6 +115,8 @@ def show(console: Console, found: "Rehearsal") -> None:
     console.print(f"rank {found.rank} of {found.world_size} ({place})")
     console.print(f"attention: {found.attention}")
     console.print(f"--dry_run plans: {found.plan.in_words()}")
+    if found.cost is not None:
+        console.print(f"a boundary: {found.cost.in_words()}")
     for phase in found.phases:
         console.print()
         console.print(f"{phase.name}: peak {phase.peak / _GIB:.2f} GiB{_scope(phase, found)}")

@@ -1,6 +1,7 @@
 """One run: all sections, and the sizes that follow from them."""
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig
@@ -68,6 +69,9 @@ class RunConfig(MixtureSections):
     decision_timeout_minutes: PositiveFloat = 240.0
     """How long the other ranks wait for rank 0 to decide a mixture: that of a group of their own,
     so that a long solve trips neither NCCL's timeout nor timeout_minutes."""
+
+    device_name: Literal["a100", "h100", "h200", "b200"] | None = None
+    """The plan tells what a boundary takes on this accelerator, which need not be there, by part."""
 
     dry_run: bool = False
     """Check everything, print the plan, and stop before training. Set WORLD_SIZE to the

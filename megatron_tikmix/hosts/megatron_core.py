@@ -27,7 +27,7 @@ from megatron_tikmix.config.checks import check_boundaries
 from megatron_tikmix.data.builder import TrainingData
 from megatron_tikmix.decision.decide import Boundary, Decision
 from megatron_tikmix.errors import InputError, TrainingError
-from megatron_tikmix.measure.probe_plan import Trained, plan_probe_of
+from megatron_tikmix.measure.probe_plan import ProbeSizes, Trained, plan_probe_of
 from megatron_tikmix.measure.remixer import Progress, Remixer, load_data
 from megatron_tikmix.megatron.collectives import make_on_all_ranks, sum_over_ranks
 from megatron_tikmix.megatron.groups import Parallel
@@ -93,7 +93,7 @@ def build_remixer(
         config.data.sequence_length,
         partial(_with_sums, forward_step_func, data.boundaries),
     )
-    plan = plan_probe_of(_trained(forward_backward), config, data)
+    plan = plan_probe_of(_trained(forward_backward), config, ProbeSizes.of(data))
     if plan is None:
         raise InputError("remix: nothing is decided; set remix.policy and remix.interval_samples")
     return Remixer.of(

@@ -1,6 +1,7 @@
 """Plans a probe before training: its cost, and whether that is within the limit."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from megatron_tikmix.config import MixtureSections, ProbeConfig, RunConfig
@@ -117,6 +118,42 @@ class Trained:
     parameters: int
     flops_per_token: float
 
+    @classmethod
+    def of(cls, config: RunConfig, world_size: int, vocab_size: int) -> "Trained":
+        """Return those of a run in our own loop, before the model is built."""
+        model, length = config.model, config.data.sequence_length
+        interleaved = model.virtual_pipeline_model_parallel_size is not None
+        return cls(
+            data_parallel_size=config.data_parallel_size(world_size),
+            microbatch_multiple=model.pipeline_model_parallel_size if interleaved else 1,
+            parameters=parameters_per_rank(model, vocab_size, length),
+            flops_per_token=flops_per_token(model, vocab_size, length),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeSizes:
+    """The sizes of the data on which a probe's cost depends.
+
+    Attributes:
+        domains, tasks: numbers of domains, and of tasks that decide.
+        samples: of each row that is kept (the tasks, and with joint influence the domains), how
+            many samples it could be measured on.
+    """
+
+    domains: int
+    tasks: int
+    samples: Sequence[int]
+
+    @classmethod
+    def of(cls, data: TrainingData) -> "ProbeSizes":
+        """Return those of the data of a run."""
+        return cls(
+            domains=len(data.names),
+            tasks=len(data.deciding_tasks),
+            samples=[task.decide.samples_per_epoch for task in data.probed_tasks],
+        )
+
 
 def plan_probe(config: RunConfig, world_size: int, data: TrainingData) -> ProbePlan | None:
     """Plan the probe before the model is built; return None if there is no probe.
@@ -124,21 +161,11 @@ def plan_probe(config: RunConfig, world_size: int, data: TrainingData) -> ProbeP
     Raises:
         InputError: as :func:`plan_probe_of`.
     """
-    model, vocab_size = config.model, data.manifest.vocab_size
-    length = config.data.sequence_length
-    interleaved = model.virtual_pipeline_model_parallel_size is not None
-    trained = Trained(
-        data_parallel_size=config.data_parallel_size(world_size),
-        microbatch_multiple=model.pipeline_model_parallel_size if interleaved else 1,
-        parameters=parameters_per_rank(model, vocab_size, length),
-        flops_per_token=flops_per_token(model, vocab_size, length),
-    )
-    return plan_probe_of(trained, config, data)
+    trained = Trained.of(config, world_size, data.manifest.vocab_size)
+    return plan_probe_of(trained, config, ProbeSizes.of(data))
 
 
-def plan_probe_of(
-    trained: Trained, config: MixtureSections, data: TrainingData
-) -> ProbePlan | None:
+def plan_probe_of(trained: Trained, config: MixtureSections, sizes: ProbeSizes) -> ProbePlan | None:
     """Plan the probe of a given model and layout; return None if there is no probe.
 
     Raises:
@@ -146,7 +173,7 @@ def plan_probe_of(
     """
     if not config.decides:
         return None
-    plan = _as_configured(trained, config, data)
+    plan = _as_configured(trained, config, sizes)
     while not plan.affordable and plan.sub_batches > MIN_SUB_BATCHES:
         plan = replace(plan, sub_batches=plan.sub_batches - 1)
     if plan.affordable:
@@ -164,18 +191,17 @@ def plan_probe_of(
     )
 
 
-def _as_configured(trained: Trained, config: MixtureSections, data: TrainingData) -> ProbePlan:
+def _as_configured(trained: Trained, config: MixtureSections, sizes: ProbeSizes) -> ProbePlan:
     probe, train = config.probe, config.train
     interval_samples = (config.interval_iters or 0) * train.global_batch_size
     ranks, length = trained.data_parallel_size, config.data.sequence_length
-    D, V = len(data.names), len(data.probed_tasks)
+    D, V = sizes.domains, len(sizes.samples)
     replicated = probe.data_parallel_mode == "replicated"
     least = train.micro_batch_size * trained.microbatch_multiple
     step = least * (1 if replicated else ranks)  # a sub-batch is padded to a multiple of this
     groups = math.ceil(V / (probe.task_group_size or V))
     samples_of_tasks = sum(
-        _filled(min(probe.task_samples, task.decide.samples_per_epoch), least * ranks)
-        for task in data.probed_tasks
+        _filled(min(probe.task_samples, samples), least * ranks) for samples in sizes.samples
     )
     limits = [
         probe.max_tokens,
@@ -185,8 +211,8 @@ def _as_configured(trained: Trained, config: MixtureSections, data: TrainingData
     return ProbePlan(
         most_tokens=min(known) if probe.precision is not None else None,
         domains=D,
-        tasks=len(data.deciding_tasks),
-        own_gradients=V - len(data.deciding_tasks),
+        tasks=sizes.tasks,
+        own_gradients=V - sizes.tasks,
         sub_batches=probe.sub_batches,
         sub_batches_asked=probe.sub_batches,
         samples_of_tasks=samples_of_tasks,

@@ -18,8 +18,9 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.enums import AttnBackend
 
 from megatron_tikmix.config import RunConfig
+from megatron_tikmix.measure.boundary_cost import BoundaryCost, boundary_cost
 from megatron_tikmix.measure.probe import InfluenceProbe, ProbeData
-from megatron_tikmix.measure.probe_plan import kept_gradient_bytes
+from megatron_tikmix.measure.probe_plan import ProbeSizes, Trained, plan_probe_of
 from megatron_tikmix.measure.shards import OptimizerShards
 from megatron_tikmix.megatron.groups import Parallel
 from megatron_tikmix.megatron.samples import DocumentBoundaries, Sample, stack
@@ -84,6 +85,7 @@ class Rehearsal:
             pipeline needs to be full, twice.
         error: what broke it off, in one sentence; None if nothing did.
         plan: what `--dry_run` says of the fullest rank.
+        cost: what it says of a boundary, where `device_name` is set.
     """
 
     rank: int
@@ -95,6 +97,7 @@ class Rehearsal:
     sub_batches: int
     error: str | None
     plan: MemoryPlan
+    cost: BoundaryCost | None
 
     @property
     def peak(self) -> int:
@@ -133,12 +136,14 @@ def rehearse(
     except (RuntimeError, NotImplementedError) as failure:
         error = f"{type(failure).__name__}: {' '.join(str(failure).split())}"
     groups = parallel.groups
-    rows = len(config.deciding_tasks) + (domains if config.remix.influence == "joint" else 0)
-    data_parallel = config.data_parallel_size(world_size)
-    kept = 0
-    if config.decides:
-        whole = plan_memory(config, world_size, vocab_size, 0).rank_parameters
-        kept = kept_gradient_bytes(config.probe, rows, whole, data_parallel)
+    tasks = len(config.deciding_tasks)
+    rows = tasks + (domains if config.remix.influence == "joint" else 0)
+    sizes = ProbeSizes(domains=domains, tasks=tasks, samples=[config.probe.task_samples] * rows)
+    trained = Trained.of(config, world_size, vocab_size)
+    probe = plan_probe_of(trained, config, sizes)
+    cost = None
+    if probe is not None and config.device_name is not None:
+        cost = boundary_cost(config.device_name, config, world_size, trained, probe)
     flash = config.model.uses_torch_attention
     return Rehearsal(
         rank=rank,
@@ -151,7 +156,10 @@ def rehearse(
         micro_batches_of_step=_micro_batches(config, world_size)[1],
         sub_batches=_DOMAINS * _SUB_BATCHES,
         error=error,
-        plan=plan_memory(config, world_size, vocab_size, kept),
+        plan=plan_memory(
+            config, world_size, vocab_size, 0 if probe is None else probe.gradient_bytes
+        ),
+        cost=cost,
     )
 
 

@@ -11,12 +11,11 @@ import torch
 from megatron_tikmix.config import RunConfig
 from megatron_tikmix.data.builder import TrainingData
 from megatron_tikmix.data.tasks import Task
+from megatron_tikmix.measure.boundary_cost import UTILISATION, boundary_cost
 from megatron_tikmix.measure.flops import layer_parameters, parameters_per_rank
-from megatron_tikmix.measure.probe_plan import plan_probe
+from megatron_tikmix.measure.probe_plan import Trained, plan_probe
 from megatron_tikmix.megatron.model import padded_vocab_size
 from megatron_tikmix.mixture.repetition import planned_samples
-
-_UTILISATION = 0.4  # of a matrix product's rate, by a whole training step: what is common
 
 
 def describe(config: RunConfig, world_size: int, data: TrainingData) -> str:
@@ -36,8 +35,10 @@ def describe(config: RunConfig, world_size: int, data: TrainingData) -> str:
             ("mixture", _mixture(config, data)),
             ("repetition", _repetition(config, data)),
             ("probe", _probe(config, world_size, data)),
+            ("boundary", _boundary(config, world_size, data)),
             ("rollouts", _rollouts(config)),
         )
+        if text
     )
 
 
@@ -173,9 +174,9 @@ def _probe(config: RunConfig, world_size: int, data: TrainingData) -> str:
     probe = config.probe
     text = f"{plan.in_words()}; curvature {probe.curvature}"
     rate = matrix_product_rate(torch.bfloat16 if config.model.bf16 else torch.float32)
-    seconds = plan.tokens * plan.flops_per_token / (_UTILISATION * rate * world_size)
+    seconds = plan.tokens * plan.flops_per_token / (UTILISATION * rate * world_size)
     text += (
-        f"; about {seconds:.2g} s, if each rank reaches {_UTILISATION:.0%} of the {rate:.1e} "
+        f"; about {seconds:.2g} s, if each rank reaches {UTILISATION:.0%} of the {rate:.1e} "
         f"FLOP/s of a matrix product here (at the first boundary, from training's own speed)"
     )
     step = config.train.micro_batch_size
@@ -193,6 +194,15 @@ def _probe(config: RunConfig, world_size: int, data: TrainingData) -> str:
             f"; {', '.join(small)} have fewer than {wanted} samples, so their probes repeat some"
         )
     return text
+
+
+def _boundary(config: RunConfig, world_size: int, data: TrainingData) -> str:
+    """Say what a boundary takes on the accelerator that is named; empty if none is."""
+    plan = plan_probe(config, world_size, data)
+    if plan is None or config.device_name is None:
+        return ""
+    trained = Trained.of(config, world_size, data.manifest.vocab_size)
+    return boundary_cost(config.device_name, config, world_size, trained, plan).in_words()
 
 
 _GIB = 2**30

@@ -55,7 +55,7 @@ def rehearsed(folder: Path, *arguments: str) -> dict[str, Any]:
 )
 def test_the_examples_at_their_size(arguments: list[str], tmp_path: Path) -> None:
     name, *rest = arguments
-    numbers = ["--vocab_size", "32000", "--domains", "26"]
+    numbers = ["--vocab_size", "32000", "--domains", "26", "--device_name", "h100"]
     found = rehearsed(tmp_path, str(EXAMPLES / name), *rest, *numbers)
     assert found["error"] is None
     assert "nothing is on the wrong device" in found["text"]
@@ -67,6 +67,18 @@ def test_the_examples_at_their_size(arguments: list[str], tmp_path: Path) -> Non
     assert not any(each["group"] == "host" for each in step["traffic"])
     if "--rank" not in arguments:  # the plan is of the fullest rank, which is the first
         assert found["planned"] == pytest.approx(found["peak"], rel=0.05)
+    # The formulas of a boundary's cost, against what is counted.
+    cost = found["cost"]["sub_batch"]
+    reduced = [
+        t["nbytes"]
+        for t in added["traffic"]
+        if t["kind"].startswith("reduce_scatter") and t["group"] == "dp"
+    ]
+    if "--rank" not in arguments:
+        assert sum(reduced) == pytest.approx(found["sub_batches"] * cost["reduced_bytes"], rel=0.01)
+    sent = sum(t["count"] for t in added["traffic"] if t["kind"] == "send")
+    if sent:
+        assert sent == found["sub_batches"] * cost["micro_batches"]
     # As megatron-core lays it out: of the model once over TP × PP, in bf16, and its gradient.
     model = found["plan"]["rank_parameters"]
     kinds = {each["kind"] for each in step["traffic"]}
