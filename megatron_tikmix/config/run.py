@@ -71,7 +71,7 @@ class RunConfig(MixtureSections):
     so that a long solve trips neither NCCL's timeout nor timeout_minutes."""
 
     device_name: Literal["a100", "h100", "h200", "b200"] | None = None
-    """The plan tells what a boundary takes on this accelerator, which need not be there, by part."""
+    """The plan tells what a boundary takes on this accelerator, by part. It need not be there."""
 
     dry_run: bool = False
     """Check everything, print the plan, and stop before training. Set WORLD_SIZE to the

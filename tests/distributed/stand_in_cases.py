@@ -104,6 +104,7 @@ def run_case(
                 part("boundary", lambda: loop.reset_mixture(run, loop.measure(run)))
                 part("steps after", lambda: loop.train_interval(run, until=4))
             seen["misplaced state"] = part("checkpoint", lambda: misplaced_state(run))
+            part("resume", lambda: run.checkpointer._sharded_state(is_loading=True))
             recorder.close()
         seen["waits"] = [[phase, place, n] for (phase, place), n in watched.waits.items()]
         seen["misplaced"] = [[phase, at, n] for (phase, at), n in watched.misplaced.items()]
