@@ -324,7 +324,8 @@ def _activations(config: RunConfig, vocab_size: int) -> int:
     if config.data.reset_attention_mask:
         mask = in_flight * config.data.sequence_length * (1 + width * model.uses_torch_attention)
     logits = padded_vocab_size(vocab_size, model) / tp * (width + 4)  # and their float32 softmax
-    kept = (layers * per_token + recomputed) * width + mask
+    embedded = in_flight * hidden / (tp if model.sequence_parallel else 1)
+    kept = (layers * per_token + recomputed + embedded) * width + mask
     return int(tokens * (kept + (logits if pp == 1 else 0)))
 
 

@@ -38,7 +38,8 @@ def rehearsed(folder: Path, *arguments: str) -> dict[str, Any]:
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["1b.yaml", "--world_size", "8"],
+        ["1b.yaml", "--world_size", "512", *LARGE],
+        pytest.param(["1b.yaml", "--world_size", "8"], marks=pytest.mark.slow),
         ["7b.yaml", "--world_size", "512", *LARGE],
         pytest.param(
             ["7b.yaml", "--world_size", "512", "--rank", "511", *LARGE], marks=pytest.mark.slow
@@ -114,22 +115,19 @@ def real_peaks(path: str) -> dict[str, int]:
 
 
 @pytest.mark.parametrize(
-    "changes",
+    ("mode", "recomputed"),
     [
-        {},
-        {
-            "model.recompute_granularity": "full",
-            "model.recompute_method": "uniform",
-            "model.recompute_num_layers": 1,
-            "probe.data_parallel_mode": "replicated",
-        },
+        ("sharded", False),
+        ("replicated", True),
+        pytest.param("sharded", True, marks=pytest.mark.slow),
+        pytest.param("replicated", False, marks=pytest.mark.slow),
     ],
-    ids=["sharded", "replicated, recomputed"],
 )
 def test_peaks_are_those_of_a_real_run(
-    changes: dict[str, Any], settings: dict[str, Any], tmp_path: Path
+    mode: str, recomputed: bool, settings: dict[str, Any], tmp_path: Path
 ) -> None:
-    larger = {
+    larger: dict[str, Any] = {
+        "probe.data_parallel_mode": mode,
         "model.num_layers": 6,
         "model.hidden_size": 64,
         "model.ffn_hidden_size": 256,
@@ -138,8 +136,14 @@ def test_peaks_are_those_of_a_real_run(
         "train.micro_batch_size": 2,
         "train.global_batch_size": 8,
     }
+    if recomputed:
+        larger |= {
+            "model.recompute_granularity": "full",
+            "model.recompute_method": "uniform",
+            "model.recompute_num_layers": 1,
+        }
     path = tmp_path / "run.yaml"
-    path.write_text(yaml.safe_dump(overridden(settings, larger | changes)))
+    path.write_text(yaml.safe_dump(overridden(settings, larger)))
     real = run_on_ranks(real_peaks, 2, str(path))[0]
     numbers = ["--vocab_size", str(VOCAB_SIZE), "--domains", "3"]
     found = rehearsed(tmp_path, str(path), "--world_size", "2", *numbers)
