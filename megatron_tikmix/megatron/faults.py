@@ -99,8 +99,10 @@ def mend_torch_adam(optimizer: MegatronOptimizer) -> None:
     Without Apex and Transformer Engine megatron-core uses torch's AdamW, whose state holds a `step`
     for each parameter. megatron-core 0.16 to 0.19 then fails to load into a new optimizer (there is
     no state yet), misses the key `step`, and shares one step tensor between all parameters, so that
-    it would advance once for each parameter after a resume. Call this before loading, and
-    :func:`unshare_steps` after it.
+    it would advance once for each parameter after a resume. In checkpoints of Megatron's default
+    format, `dp_reshardable`, there is a `step` that is that of a new optimizer, and parameters in
+    float32 are copied to without `no_grad`. Call this before loading, and :func:`unshare_steps`
+    after it.
     """
     for part in _parts(optimizer):
         if not isinstance(part.optimizer, _TORCH_ADAM):
@@ -110,12 +112,13 @@ def mend_torch_adam(optimizer: MegatronOptimizer) -> None:
         part._set_main_param_and_optimizer_states = MethodType(_set_states, part)
 
 
+@torch.no_grad()
 def _set_states(
     self: DistributedOptimizer, parameter: torch.nn.Parameter, tensors: dict[str, torch.Tensor]
 ) -> None:
     step = self._get_main_param_and_optimizer_states(parameter)["step"]
     DistributedOptimizer._set_main_param_and_optimizer_states(
-        self, parameter, {"step": step, **tensors}
+        self, parameter, {**tensors, "step": step}
     )
 
 

@@ -346,8 +346,15 @@ def step_unless_lost(optimizer: MegatronOptimizer) -> tuple[bool, float]:
 
 @contextmanager
 def gathered_parameters(model: list[DistributedDataParallel]) -> Iterator[None]:
-    """Gather the parameters, which `overlap_param_gather` leaves to the next forward pass."""
-    gathers_late = [chunk for chunk in model if chunk.ddp_config.overlap_param_gather]
+    """Gather the parameters, which `overlap_param_gather` leaves to the next forward pass.
+
+    Where a loop has switched that off for a while, it has gathered them, and is left alone.
+    """
+    gathers_late = [
+        chunk
+        for chunk in model
+        if chunk.ddp_config.overlap_param_gather and chunk.remove_forward_pre_hook_handles
+    ]
     for chunk in gathers_late:
         chunk.disable_forward_pre_hook(param_sync=True)
     try:

@@ -62,9 +62,10 @@ def test_the_step_that_a_checkpoint_leaves_out_stays(
         with torch.no_grad(), pytest.raises(KeyError, match="step"):
             part._set_main_param_and_optimizer_states(parameter, loaded)
         mend_torch_adam(run.optimizer)
-        with torch.no_grad():
-            part._set_main_param_and_optimizer_states(parameter, loaded)
-        assert int(part._get_main_param_and_optimizer_states(parameter)["step"]) == 2
+        # That of Megatron's default format has the step of a new optimizer, and no `no_grad`.
+        for saved in (loaded, {**loaded, "step": torch.tensor(1.0)}):
+            part._set_main_param_and_optimizer_states(parameter, saved)
+            assert int(part._get_main_param_and_optimizer_states(parameter)["step"]) == 2
 
 
 def test_state_of_several_buckets_is_saved_in_its_places(
