@@ -5,11 +5,14 @@ import os
 import re
 from operator import attrgetter
 from pathlib import Path
+from typing import Any
 
+import yaml
 from jsonargparse import SUPPRESS, ArgumentError, ArgumentParser, set_parsing_settings
 
 from megatron_tikmix.config.ranges import out_of_range
 from megatron_tikmix.config.run import RunConfig
+from megatron_tikmix.config.sections import HostedConfig
 from megatron_tikmix.errors import InputError
 
 _USAGE = """\
@@ -117,6 +120,44 @@ def load_config(arguments: list[str]) -> tuple[RunConfig, str]:
         raise
     except (ArgumentError, ValueError, AssertionError, TypeError, ZeroDivisionError) as error:
         raise InputError(_in_one_sentence(str(error), parser, file)) from error
+
+
+def load_hosted_config(path: str, given: dict[str, Any]) -> HostedConfig:
+    """Read the configuration of a loop that is not ours.
+
+    Args:
+        path: a YAML file with the sections that the loop does not give.
+        given: what the loop gives: sections, or some of their fields.
+
+    Raises:
+        InputError: an unknown field, one that the loop gives, or a wrong value.
+    """
+    try:
+        settings = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InputError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
+    if not isinstance(settings, dict):
+        raise InputError(f"{path} must hold sections: data, tasks, remix, probe, rollout, audit")
+    for section, fields in given.items():
+        ours = settings.setdefault(section, {} if isinstance(fields, dict) else None)
+        if not isinstance(fields, dict):
+            twice = [] if ours is None else [section]
+            settings[section] = fields
+        elif not isinstance(ours, dict):
+            raise InputError(f"{path}: {section} must be a section")
+        else:
+            twice = [f"{section}.{name}" for name in fields if name in ours]
+            ours |= fields
+        if twice:
+            raise InputError(f"{path}: {twice[0]} follows from the loop's arguments; leave it out")
+    parser = ArgumentParser(exit_on_error=False, allow_abbrev=False)
+    parser.add_class_arguments(HostedConfig, as_group=True)
+    try:
+        return HostedConfig(**parser.instantiate(parser.parse_object(settings)).as_dict())
+    except InputError:
+        raise
+    except (ArgumentError, ValueError, AssertionError, TypeError, KeyError) as error:
+        raise InputError(f"{path}: {_in_one_sentence(str(error), parser, path)}") from error
 
 
 def _in_one_sentence(message: str, parser: ArgumentParser, file: str) -> str:

@@ -37,6 +37,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 _PACKAGE = "megatron.core"
+_REWRITTEN = (_PACKAGE, "megatron.training")
 _STAND_IN = "megatron_tikmix_cuda_stand_in"
 
 _device = "cpu"  # what takes the place of CUDA
@@ -83,6 +84,8 @@ def _stand_in() -> types.ModuleType:
         manual_seed=torch.manual_seed,
         current_device=functools.partial(torch.device, _device),
         device_count=lambda: 1,
+        # Megatron asks for the generation: one that needs no workarounds.
+        get_device_properties=lambda device=None: types.SimpleNamespace(major=10, minor=0),
         is_available=lambda: False,
         synchronize=nothing,
         empty_cache=nothing,
@@ -132,13 +135,26 @@ class _Rewriter(ast.NodeTransformer):
         return node
 
 
+def _compiled(source: bytes, path: str) -> types.CodeType:
+    tree = _Rewriter().visit(ast.parse(source, filename=path))
+    return compile(tree, path, "exec", dont_inherit=True)
+
+
+def compiled_script(path: str) -> types.CodeType:
+    """Return a script that trains with megatron-core, redirected like megatron-core itself."""
+    with open(path, "rb") as file:
+        source = file.read()
+    if _device == "cpu" and _cuda_is_there():
+        return compile(source, path, "exec", dont_inherit=True)
+    return _compiled(source, path)
+
+
 class _Loader(importlib.machinery.SourceFileLoader):
     """Loads a megatron-core module from its rewritten source; writes no byte code."""
 
     def get_code(self, fullname: str) -> types.CodeType:
         path = self.get_filename(fullname)
-        tree = _Rewriter().visit(ast.parse(self.get_data(path), filename=path))
-        return compile(tree, path, "exec", dont_inherit=True)
+        return _compiled(self.get_data(path), path)
 
     def exec_module(self, module: types.ModuleType) -> None:
         super().exec_module(module)
@@ -150,7 +166,7 @@ class _Finder(importlib.abc.MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: types.ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if not (fullname == _PACKAGE or fullname.startswith(_PACKAGE + ".")):
+        if not any(fullname == name or fullname.startswith(name + ".") for name in _REWRITTEN):
             return None
         if _device == "cpu" and _cuda_is_there():
             return None

@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "megatron": [*ABOVE, "config"],
     "measure": [*ABOVE, "config", "data", "megatron"],
     "training": [*ABOVE, "config", "data", "megatron", "measure", "monitoring"],
-    "hosts": [*ABOVE, "config", "data", "megatron", "measure"],
+    "hosts": [*ABOVE, "monitoring", "config", "data", "megatron", "measure"],
     "rehearsal": [*ABOVE, "config", "data", "megatron", "measure", "training"],
     "cli": [
         *ABOVE,
