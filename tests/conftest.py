@@ -152,8 +152,7 @@ def overridden(settings: dict[str, Any], overrides: dict[str, Any]) -> dict[str,
 
 
 def forget_attention_backend() -> None:
-    """Unset the variables with which megatron-core holds a process, and those that it starts, to one
-    `attention_backend`."""
+    """Unset what holds this process, and those that it starts, to one `attention_backend`."""
     for name in ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN"):
         os.environ.pop(name, None)
 
