@@ -151,6 +151,12 @@ def overridden(settings: dict[str, Any], overrides: dict[str, Any]) -> dict[str,
     return result
 
 
+def forget_attention_backend() -> None:
+    """Unset what holds this process, and those that it starts, to one `attention_backend`."""
+    for name in ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN"):
+        os.environ.pop(name, None)
+
+
 def let_go_of_models() -> None:
     """Free what a run in this process was made of, once its process groups are gone.
 
@@ -159,8 +165,7 @@ def let_go_of_models() -> None:
     """
     from megatron.core.distributed import DistributedDataParallel
 
-    for name in ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN"):
-        os.environ.pop(name, None)  # with which it holds a process to one attention_backend
+    forget_attention_backend()
     for chunk in [each for each in gc.get_objects() if type(each) is DistributedDataParallel]:
         vars(chunk).clear()
     gc.collect()

@@ -31,7 +31,7 @@ import pytest
 import torch
 import yaml
 
-from tests.conftest import ROOT, let_go_of_models
+from tests.conftest import ROOT, forget_attention_backend, let_go_of_models
 
 GRACE_SECONDS = 5.0
 """How long the other ranks have to end once one has failed."""
@@ -119,6 +119,7 @@ def torchrun(
     command: list[str], ranks: int = 1, *, max_restarts: int = 0, timeout: float = 300.0
 ) -> subprocess.CompletedProcess[str]:
     """Run ``python *command``, through torchrun on more than one rank."""
+    forget_attention_backend()
     python_path = filter(None, [os.environ.get("PYTHONPATH")])
     options = ["--standalone", f"--nproc-per-node={ranks}", f"--max-restarts={max_restarts}"]
     return subprocess.run(
@@ -237,6 +238,7 @@ def _ask(processes: list[_Process], request: bytes, timeout: float) -> list[Outc
         "TORCHELASTIC_USE_AGENT_STORE": "True",
     }
     for rank, process in enumerate(processes):
+        forget_attention_backend()
         environment = {**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
         process.send(pickle.dumps((environment, request)))
     values: dict[int, Any] = {}

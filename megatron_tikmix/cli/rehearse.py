@@ -7,7 +7,8 @@ influence on blank samples. No accelerator is needed, no data is read, and littl
 It prints the peak of memory on the accelerator with its largest parts, collectives by kind and
 group, places where the host waits for the accelerator, and tensors that are on the wrong device.
 Bytes are those of tensors: CUDA, NCCL and the fragments of the allocator come on top. Layers are
-those that run without Transformer Engine, whose kernels cannot be rehearsed.
+those that run without Transformer Engine, whose kernels cannot be rehearsed; evaluation, rollouts
+and checkpoints are not in it.
 
 The first pipeline stage (--rank 0) holds most activations, the last one (--rank WORLD_SIZE - 1) the
 logits: rehearse both.

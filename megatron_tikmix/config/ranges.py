@@ -3,6 +3,7 @@
 """
 
 import math
+import numbers
 import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
@@ -57,42 +58,41 @@ def check_ranges(name: str, section: Any) -> None:
         InputError: names the first such field, its value and the range.
     """
     for field, hint in get_type_hints(type(section)).items():
-        value = getattr(section, field, None)
-        for kind in _restricted(hint, dict if isinstance(value, dict) else None):
-            key = f"{name}.{field}" if name else field
-            plain = (
-                {each: _plain(key, kind, v) for each, v in value.items()}
-                if isinstance(value, dict)
-                else _plain(key, kind, value)
-            )
-            if value is not None:
-                object.__setattr__(section, field, plain)  # of a frozen section too
+        kinds = list(_restricted(hint))
+        if not kinds or not hasattr(section, field):
+            continue
+        key = f"{name}.{field}" if name else field
+        # A frozen section's numbers too are made plain.
+        object.__setattr__(section, field, _plain(key, hint, getattr(section, field)))
 
 
-def _restricted(hint: Any, container: type | None) -> Iterator[Any]:
-    """The types with a range that `hint` admits: of numbers, or of the values of a dict."""
+def _restricted(hint: Any) -> Iterator[Any]:
+    """The types with a range in `hint`, those of the values of a dict included."""
     if hasattr(hint, "_restrictions"):
-        if container is None:
-            yield hint
-    elif get_origin(hint) is dict:
-        if container is dict:
-            yield from _restricted(get_args(hint)[1], None)
-    else:
-        for part in get_args(hint):
-            yield from _restricted(part, container)
+        yield hint
+    for part in get_args(hint):
+        yield from _restricted(part)
 
 
-def _plain(key: str, kind: Any, value: Any) -> Any:
-    if value is None:
-        return None
+def _plain(key: str, hint: Any, value: Any) -> Any:
+    """Return `value` with plain numbers, if `hint` admits it."""
+    arms = get_args(hint) if not hasattr(hint, "_restrictions") else ()
+    if get_origin(hint) is dict:
+        return {each: _plain(key, arms[1], v) for each, v in value.items()}
+    if arms:  # a union
+        if value is None and type(None) in arms:
+            return None
+        fitting = [arm for arm in arms if (get_origin(arm) is dict) == isinstance(value, dict)]
+        if fitting:
+            return _plain(key, fitting[0], value)
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        raise InputError(f"{key} ({value!r}) must be a number")
+    if hint._type is int and not float(value).is_integer():
+        raise InputError(f"{key} ({value}) must be a whole number")
     try:
-        if kind._type is int and value != int(value):
-            raise InputError(f"{key} ({value}) must be a whole number")
-        return kind._type(kind(value))
-    except InputError:
-        raise
-    except (TypeError, ValueError, OverflowError):
-        raise InputError(out_of_range(key, value, kind._expression)) from None
+        return hint._type(hint(value))
+    except ValueError:
+        raise InputError(out_of_range(key, value, hint._expression)) from None
 
 
 def out_of_range(key: str, value: Any, restriction: str) -> str:

@@ -375,7 +375,9 @@ def micro_batches(
     for index in range(groups):
         first = index * group + rank * micro_batch_size
         places = range(first, first + micro_batch_size)
-        batches.append(
-            stack([stream[samples[p]] if p < len(samples) else stream.padding() for p in places])
-        )
+        chosen = [stream[samples[p]] if p < len(samples) else stream.padding() for p in places]
+        batch = stack(chosen)
+        if torch.cuda.is_available():  # the host need not wait for what is copied from there
+            batch = {name: values.pin_memory() for name, values in batch.items()}
+        batches.append(batch)
     return batches

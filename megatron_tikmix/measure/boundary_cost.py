@@ -112,7 +112,10 @@ class BoundaryCost:
     """Seconds of a boundary, without evaluation and rollouts.
 
     Attributes:
-        passes: full passes of a rank: rows that are kept, curvature, and its sub-batches.
+        sub_batches: passes of a rank over sub-batches.
+        row, rows: the pass of a row that is kept (a task; with joint influence a domain), and how
+            many there are.
+        curvature, curvature_passes: passes for the curvature.
         solve: on rank 0, while the others wait.
         enough_samples: `probe.sub_batch_samples` from which on no more than `MOST_LOST` is lost.
     """
@@ -120,37 +123,47 @@ class BoundaryCost:
     device_name: str
     sub_batch: SubBatchCost
     sub_batches: int
-    rows: SubBatchCost
-    other_passes: int
+    row: SubBatchCost
+    rows: int
+    curvature: SubBatchCost
+    curvature_passes: int
     solve: float
     enough_samples: int
+    replicated: bool
+
+    def seconds(self, part: str) -> float:
+        """Seconds of a part of all passes: `compute`, `fill`, `reduction` or `products`."""
+        passes = (
+            (self.sub_batches, self.sub_batch),
+            (self.rows, self.row),
+            (self.curvature_passes, self.curvature),
+        )
+        return float(sum(count * getattr(cost, part) for count, cost in passes))
 
     @property
     def total(self) -> float:
         """Seconds."""
-        return (
-            self.sub_batches * self.sub_batch.total
-            + self.other_passes * self.rows.total
-            + self.solve
-        )
+        return sum(map(self.seconds, ("compute", "fill", "reduction", "products"))) + self.solve
 
     def in_words(self) -> str:
-        def both(name: str) -> float:
-            ours, others = getattr(self.sub_batch, name), getattr(self.rows, name)
-            return float(self.sub_batches * ours + self.other_passes * others)
-
         text = (
             f"about {self.total:.3g} s on {self.device_name}, at {UTILISATION:.0%} of its FLOP/s: "
-            f"micro-batches {both('compute'):.3g}, filling the pipeline {both('fill'):.3g}, "
-            f"reducing gradients {both('reduction'):.3g}, inner products {both('products'):.3g}, "
-            f"solving {self.solve:.3g}"
+            f"micro-batches {self.seconds('compute'):.3g}, "
+            f"filling the pipeline {self.seconds('fill'):.3g}, "
+            f"reducing gradients {self.seconds('reduction'):.3g}, "
+            f"inner products {self.seconds('products'):.3g}, solving {self.solve:.3g}"
         )
         if self.sub_batch.lost <= MOST_LOST:
             return text
         return text + (
             f"; {self.sub_batch.lost:.0%} of a sub-batch fills the pipeline and reduces: make "
-            f"probe.sub_batch_samples {self.enough_samples:,}, for {MOST_LOST:.0%}, or "
-            f"probe.data_parallel_mode replicated, which reduces no gradient of a domain"
+            f"probe.sub_batch_samples {self.enough_samples:,}, for {MOST_LOST:.0%}"
+            + (
+                ""
+                if self.replicated
+                else ", or probe.data_parallel_mode replicated, which reduces no gradient of a "
+                "domain"
+            )
         )
 
 
@@ -174,6 +187,7 @@ def boundary_cost(
     step = train.micro_batch_size * (1 if replicated else ranks)
     kept = trained.parameters if replicated else trained.parameters // ranks
     groups = math.ceil(rows / (probe.task_group_size or rows)) if replicated else 1
+    asked = plan.domains * plan.sub_batches  # passed once for each group of tasks
     sub_batch = layout.pass_of(
         layout.micro_batches(probe.sub_batch_samples, step),
         reduced=not replicated,
@@ -182,21 +196,23 @@ def boundary_cost(
     lost = sub_batch.fill + sub_batch.reduction
     needed = (1 / MOST_LOST - 1) * lost - sub_batch.products
     enough = max(1, math.ceil(needed / layout.micro_batch_seconds))
-    sub_batches = plan.domains * plan.sub_batches * groups
-    # A task's share of its samples, on average; the curvature's passes are sub-batches, reduced.
-    samples_of_row = plan.samples_of_tasks // max(rows, 1)
+    shared = train.micro_batch_size * ranks
     return BoundaryCost(
         device_name=device_name,
         sub_batch=sub_batch,
-        sub_batches=math.ceil(sub_batches / ranks) if replicated else sub_batches,
-        rows=layout.pass_of(
-            layout.micro_batches(samples_of_row, train.micro_batch_size * ranks),
-            reduced=True,
-            products=0,
+        sub_batches=groups * math.ceil(asked / ranks) if replicated else asked,
+        # Their samples on average.
+        row=layout.pass_of(
+            layout.micro_batches(plan.samples_of_tasks // rows, shared), reduced=True, products=0
         ),
-        other_passes=rows + (plan.domains if plan.samples_of_curvature else 0),
+        rows=rows,
+        curvature=layout.pass_of(
+            layout.micro_batches(probe.sub_batch_samples, shared), reduced=True, products=0
+        ),
+        curvature_passes=plan.domains if plan.samples_of_curvature else 0,
         solve=_SOLVE_SECONDS * plan.domains,
         enough_samples=layout.filled(enough) * step,
+        replicated=replicated,
     )
 
 
@@ -210,7 +226,9 @@ class _Layout:
         flops = device.bf16_flops if model.bf16 else device.fp32_flops
         tokens = train.micro_batch_size * config.data.sequence_length
         of_rank = tokens * trained.flops_per_token / (tp * pp)
-        self.micro_batch_seconds = of_rank / (UTILISATION * flops)
+        # A forward pass is a third of it, and is done twice where every layer is recomputed.
+        again = 4 / 3 if model.recompute_granularity == "full" else 1.0
+        self.micro_batch_seconds = again * of_rank / (UTILISATION * flops)
         self._waiting = (pp - 1) / (model.virtual_pipeline_model_parallel_size or 1)
         self._gradient_bytes = 4 if config.ddp.grad_reduce_in_fp32 or not model.bf16 else 2
         within_node = tp * trained.data_parallel_size <= RANKS_OF_A_NODE

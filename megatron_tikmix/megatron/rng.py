@@ -33,12 +33,11 @@ def set_rng_state(state: dict[str, Any]) -> None:
 
 def same_rng_state(one: dict[str, Any], other: dict[str, Any]) -> bool:
     """Return whether all streams of two states are at the same place."""
-    streams, others = (
-        [s["cpu"], s.get("cuda", s["cpu"]), *s["tracker"].values()] for s in (one, other)
+    ones, others = (
+        {"cpu": s["cpu"], "cuda": s.get("cuda", s["cpu"]), **s["tracker"]} for s in (one, other)
     )
-    return all(
-        torch.equal(_bytes(stream), _bytes(other))
-        for stream, other in zip(streams, others, strict=True)
+    return ones.keys() == others.keys() and all(
+        torch.equal(_bytes(stream), _bytes(others[name])) for name, stream in ones.items()
     )
 
 

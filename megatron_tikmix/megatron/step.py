@@ -288,6 +288,8 @@ def gradient_is_lost(model: list[DistributedDataParallel]) -> torch.Tensor:
         for chunk in model
         for buffer in chunk.buffers + chunk.expert_parallel_buffers
     ]
+    if not largest:  # nothing of this rank is trained
+        return torch.zeros((), dtype=torch.bool, device=next(model[0].parameters()).device)
     return ~torch.isfinite(torch.stack(largest)).all()
 
 
@@ -308,7 +310,8 @@ def spread_loss(lost: torch.Tensor, model: list[DistributedDataParallel]) -> Non
     ]
     nothing = torch.zeros(1, device=lost.device)
     added = torch.where(lost > 0, torch.full_like(nothing, math.nan), nothing)
-    torch._foreach_add_(firsts, [added.to(first.dtype) for first in firsts])
+    if firsts:
+        torch._foreach_add_(firsts, [added.to(first.dtype) for first in firsts])
 
 
 def step_unless_lost(optimizer: MegatronOptimizer) -> tuple[bool, float]:
@@ -396,23 +399,28 @@ def without_chance(model: list[DistributedDataParallel]) -> Iterator[None]:
     by dropout of its own, is named in a warning, and the random streams are put back.
     """
     before = rng_state()
-    with ExitStack() as stack:
-        stack.enter_context(gathered_parameters(model))
-        for chunk in model:
-            stack.enter_context(_set(chunk.config, moe_input_jitter_eps=None))
-            for module in chunk.modules():
-                if isinstance(module, torch.nn.Dropout):
-                    stack.enter_context(_set(module, p=0.0))
-                probabilities = {n: 0.0 for n in _CHANCE if isinstance(vars(module).get(n), float)}
-                if probabilities:
-                    stack.enter_context(_set(module, **probabilities))
-        yield
-    if not same_rng_state(before, rng_state()):
-        set_rng_state(before)
-        _log.warning(
-            "a module of the model draws random numbers when its dropout is 0, so that influence "
-            "is noisier than it need be; give it dropout by torch.nn.Dropout"
-        )
+    try:
+        with ExitStack() as stack:
+            stack.enter_context(gathered_parameters(model))
+            for chunk in model:
+                stack.enter_context(_set(chunk.config, moe_input_jitter_eps=None))
+                for module in chunk.modules():
+                    off = {n: 0.0 for n in _CHANCE if isinstance(vars(module).get(n), float)}
+                    if isinstance(module, torch.nn.Dropout):
+                        off["p"] = 0.0
+                    if off:
+                        stack.enter_context(_set(module, **off))
+            yield
+    finally:
+        if not same_rng_state(before, rng_state()):
+            set_rng_state(before)
+            modules = [module for chunk in model for module in chunk.modules()]
+            # Transformer Engine's attention moves its stream on also where nothing is drawn.
+            if not any(type(m).__module__.startswith("transformer_engine") for m in modules):
+                _log.warning(
+                    "a module of the model draws random numbers when its dropout is 0, so that "
+                    "influence is noisier than it need be; give it dropout by torch.nn.Dropout"
+                )
 
 
 def loss_and_tokens(sums: LossSums, parallel: Parallel) -> torch.Tensor:

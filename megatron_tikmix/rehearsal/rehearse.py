@@ -83,6 +83,7 @@ class Rehearsal:
         place: its ranks in the groups tp, pp and dp.
         micro_batches_of_step: as configured; in the rehearsal a step has no more than what the
             pipeline needs to be full, twice.
+        sub_batches: those that this rank passed.
         error: what broke it off, in one sentence; None if nothing did.
         plan: what `--dry_run` says of the fullest rank.
         cost: what it says of a boundary, where `device_name` is set.
@@ -154,7 +155,9 @@ def rehearse(
         else "megatron-core's, keeps scores",
         phases=_phases(watched, parallel, _micro_batches(config, world_size)[0]),
         micro_batches_of_step=_micro_batches(config, world_size)[1],
-        sub_batches=_DOMAINS * _SUB_BATCHES,
+        sub_batches=(
+            _DOMAINS if config.probe.data_parallel_mode == "replicated" else _DOMAINS * _SUB_BATCHES
+        ),
         error=error,
         plan=plan_memory(
             config, world_size, vocab_size, 0 if probe is None else probe.gradient_bytes
@@ -222,8 +225,11 @@ def _act(
     with watched.phase(OPENED):
         opened = probe.open(1)
         opened.__enter__()
+    # Replicated sub-batches are dealt out: so many that this rank has some, whichever it is.
+    replicated = config.probe.data_parallel_mode == "replicated"
+    count = parallel.data_parallel_size if replicated else _SUB_BATCHES
     with watched.phase(ADDED):
-        probe.add(np.full(_DOMAINS, _SUB_BATCHES))
+        probe.add(np.full(_DOMAINS, count))
         opened.__exit__(None, None, None)
 
 

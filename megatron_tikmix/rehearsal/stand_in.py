@@ -137,11 +137,12 @@ class StandIn(TorchDispatchMode):
         if on_device and name == "_local_scalar_dense":
             self._wait()
             return _made_up(given[0]).item()
-        if on_device and name in ("_to_copy", "copy_"):
-            to_host = _copied_to_host(name, args, kwargs)
+        if name in ("_to_copy", "copy_"):
+            waits = not (kwargs.get("non_blocking") or (len(args) > 2 and args[2]))
+            to_host = _copied_to_host(name, args, kwargs) if on_device else None
+            if waits and (to_host is not None or _copied_to_device(name, args, kwargs)):
+                self._wait()
             if to_host is not None:
-                if not (kwargs.get("non_blocking") or (len(args) > 2 and args[2])):
-                    self._wait()
                 return to_host
         elif on_device and any(t.device != DEVICE and t.dim() for t in given):
             self.misplaced[self._phase, f"{_place()}: {name}"] += 1
@@ -250,6 +251,14 @@ def _copied_to_host(name: str, args: tuple, kwargs: dict) -> torch.Tensor | None
     if device is None or torch.device(device) == DEVICE or args[0].device != DEVICE:
         return None
     return _made_up(args[0]).to(kwargs.get("dtype") or args[0].dtype)
+
+
+def _copied_to_device(name: str, args: tuple, kwargs: dict) -> bool:
+    """Whether it is a copy from the host to the device, which waits unless it is not to block."""
+    if name == "copy_":
+        return bool(args[0].device == DEVICE and args[1].device != DEVICE and args[1].dim())
+    device = kwargs.get("device")
+    return device is not None and torch.device(device) == DEVICE and args[0].device != DEVICE
 
 
 def _place() -> str:

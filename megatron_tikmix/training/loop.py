@@ -119,6 +119,10 @@ def train(run: Run) -> None:
         }
         run.recorder.step(row, realised_mixture(run))
         # A probe must not delay a run that is to end: it is made when the run is resumed.
+        # A signal may also have come after this rank told what it knew in the last step.
+        if not state.done and run.stop_reason is None and run.stopping is not None:
+            code = int(max_over_ranks(run.stopping.code(), run.parallel))
+            run.stop_reason = run.stopping.reason(state.iteration, code)
         if not state.done and run.stop_reason is None:
             if run.probe_plan and len(state.ledger) == 1:
                 run.recorder.probe_estimate(run.probe_plan.tokens, row["tokens_per_second"])

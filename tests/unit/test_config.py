@@ -232,6 +232,12 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (lambda: TrainConfig(train_iters=0), "train.train_iters (0) must be above 0"),
         (lambda: TrainConfig(train_iters=2.5), "train.train_iters (2.5) must be a whole number"),
+        (lambda: TrainConfig(train_iters=None), "train.train_iters (None) must be a number"),
+        (lambda: TrainConfig(train_iters=True), "train.train_iters (True) must be a number"),
+        (lambda: TrainConfig(train_iters="8"), "train.train_iters ('8') must be a number"),
+        (lambda: TrainConfig(train_iters={"a": 1}), "train.train_iters ({'a': 1}) must be"),
+        (lambda: ProbeConfig(precision={"a": 0.5}), "probe.precision ({'a': 0.5}) must be"),
+        (lambda: ProbeConfig(damping="0.5"), "probe.damping ('0.5') must be a number"),
         (lambda: ProbeConfig(precision=1.0), "probe.precision (1.0) must be above 0 and below 1"),
         (lambda: RemixConfig(gamma=float("nan")), "remix.gamma (nan) must be at least 0"),
         (

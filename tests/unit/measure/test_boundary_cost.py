@@ -1,6 +1,5 @@
 """Seconds of a boundary: what follows from whom, and the advice that the plan gives."""
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +37,7 @@ def test_seconds_of_micro_batches_are_those_of_all_flops() -> None:
     config = configured()
     flops = Trained.of(config, 64, VOCAB_SIZE).flops_per_token
     tokens = (26 * 14 + 9) * 64 * 4096
-    compute = found.sub_batches * found.sub_batch.compute + 9 * found.rows.compute
+    compute = found.seconds("compute")
     assert found.sub_batches == 26 * 14
     assert compute == pytest.approx(tokens * flops / (0.4 * 989e12 * 64))
 
@@ -58,7 +57,28 @@ def test_replicated_reduces_none_and_deals_sub_batches_out() -> None:
     found = cost(64, probe__data_parallel_mode="replicated")
     assert found.sub_batch.reduction == 0
     assert found.sub_batches == -(-26 * 14 // 32)
-    assert found.rows.reduction > 0
+    assert found.row.reduction > 0
+    in_groups = cost(64, probe__data_parallel_mode="replicated", probe__task_group_size=1)
+    assert in_groups.sub_batches == 9 * found.sub_batches  # all of them again for each task
+    assert "or probe.data_parallel_mode replicated" not in in_groups.in_words()
+
+
+def test_curvature_passes_a_sub_batch_of_each_domain() -> None:
+    found = cost(64, probe__curvature="squared_gradients", probe__sub_batch_samples=128)
+    assert found.curvature_passes == 26
+    assert found.curvature.micro_batches == found.sub_batch.micro_batches == 2 * 1
+    assert found.curvature.reduction == found.sub_batch.reduction
+
+
+def test_recomputed_layers_pass_forward_twice() -> None:
+    plain = cost(64)
+    recomputed = cost(
+        64,
+        model__recompute_granularity="full",
+        model__recompute_method="uniform",
+        model__recompute_num_layers=1,
+    )
+    assert recomputed.sub_batch.compute == pytest.approx(4 / 3 * plain.sub_batch.compute)
 
 
 def test_interleaved_stages_fill_the_pipeline_in_less_time() -> None:
@@ -87,12 +107,11 @@ def test_the_advice_helps_and_no_smaller_sub_batch_would(device_name: str, stage
 
 def test_parts_add_up() -> None:
     found = cost(512, model__pipeline_model_parallel_size=4)
-    sums = {
-        field.name: found.sub_batches * getattr(found.sub_batch, field.name)
-        + found.other_passes * getattr(found.rows, field.name)
-        for field in dataclasses.fields(found.sub_batch)
-        if field.name not in ("micro_batches", "reduced_bytes")
-    }
+    parts = ("compute", "fill", "reduction", "products")
+    sums = {part: found.seconds(part) for part in parts}
+    assert sums["fill"] == pytest.approx(
+        found.sub_batches * found.sub_batch.fill + 9 * found.row.fill
+    )
     assert found.total == pytest.approx(sum(sums.values()) + found.solve)
     for seconds in sums.values():
         assert f"{seconds:.3g}" in found.in_words()
