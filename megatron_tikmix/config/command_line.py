@@ -1,5 +1,6 @@
 """Reads ``[CONFIG.yaml] [--section.field value ...]``, and teaches it with ``--help``."""
 
+import dataclasses
 import difflib
 import os
 import re
@@ -138,6 +139,12 @@ def load_hosted_config(path: str, given: dict[str, Any]) -> HostedConfig:
         raise InputError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
     if not isinstance(settings, dict):
         raise InputError(f"{path} must hold sections: data, tasks, remix, probe, rollout, audit")
+    known = {field.name for field in dataclasses.fields(HostedConfig)}
+    for section in settings:
+        if section not in known:
+            raise InputError(
+                f"{path}: {section} is no section of it; it has {', '.join(sorted(known))}"
+            )
     for section, fields in given.items():
         ours = settings.setdefault(section, {} if isinstance(fields, dict) else None)
         if not isinstance(fields, dict):

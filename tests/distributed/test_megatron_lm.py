@@ -82,6 +82,7 @@ def steps(*results: subprocess.CompletedProcess[str]) -> dict[int, tuple[str, st
     return found
 
 
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_stopped_run_goes_on_as_the_whole_one(
     layout: str, tikmix: dict[str, Any], tmp_path: Path
