@@ -26,7 +26,7 @@ ARGUMENTS = """
     --transformer-impl local --no-masked-softmax-fusion --no-bias-gelu-fusion
     --no-bias-dropout-fusion --no-rope-fusion --no-persist-layer-norm
     --no-gradient-accumulation-fusion --hidden-dropout 0.1 --attention-dropout 0.1
-    --use-distributed-optimizer --distributed-backend gloo --log-interval 1 --eval-iters 0
+    --use-distributed-optimizer --distributed-backend gloo --log-interval 1 --eval-iters 0 --eval-interval 1000
     --seed 1234 --num-workers 0 --save-interval 1000 --ckpt-format torch_dist
 """
 LAYOUTS: dict[str, tuple[int, str, int]] = {
@@ -35,11 +35,6 @@ LAYOUTS: dict[str, tuple[int, str, int]] = {
     "data parallel, stopped at a boundary": (2, "", 8),
     "pipeline in bf16, stopped at a boundary": (2, "--pipeline-model-parallel-size 2 --bf16", 8),
     "tensor parallel": (2, "--tensor-model-parallel-size 2", 6),
-    "interleaved pipeline": (
-        2,
-        "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1",
-        6,
-    ),
 }
 
 
@@ -71,10 +66,15 @@ def megatron(
 
 
 def steps(*results: subprocess.CompletedProcess[str]) -> dict[int, tuple[str, str]]:
-    """Loss and gradient norm as Megatron's log has them, by iteration."""
-    found = {}
+    """Loss and gradient norm as Megatron's log has them, by iteration, of runs that ended well."""
     for result in results:
         assert result.returncode == 0, result.stderr[-2000:]
+    return logged(*results)
+
+
+def logged(*results: subprocess.CompletedProcess[str]) -> dict[int, tuple[str, str]]:
+    found = {}
+    for result in results:
         for line in result.stdout.splitlines():
             row = re.search(r"iteration +(\d+)/.*lm loss: (\S+).*grad norm: (\S+)", line)
             if row is not None:
@@ -110,14 +110,28 @@ def test_a_stopped_run_goes_on_as_the_whole_one(
     assert "TiKMiX at iteration 4: tikmix_d" in first.stdout
 
 
+def test_interleaved_stages_read_the_same_samples(tikmix: dict[str, Any], tmp_path: Path) -> None:
+    """Not saved: megatron-core 0.19 cannot save this layout, with or without TiKMiX."""
+    rows = {}
+    for stages in ((), ("--num-layers-per-virtual-pipeline-stage", "1")):
+        save = tmp_path / f"run{len(stages)}"
+        result = megatron(2, save, tikmix, "--pipeline-model-parallel-size", "2", *stages)
+        assert len(logged(result)) == 16, result.stderr[-2000:]
+        rows[len(stages)] = read_rows(str(save / "tikmix"), "mixture.jsonl")
+    for row, other in zip(*rows.values(), strict=True):
+        assert row["domain_samples"].keys() == other["domain_samples"].keys()
+        assert row["start_sample"] == other["start_sample"]
+    assert len(rows[0]) == 4
+
+
 def test_without_the_argument_nothing_changes(tikmix: dict[str, Any], tmp_path: Path) -> None:
     """The launcher alone leaves Megatron's own data, here mock data, and its checkpoints as are."""
-    result = megatron(1, tmp_path / "plain", None, "--mock-data")
-    assert len(steps(result)) == 16
+    result = megatron(1, tmp_path / "plain", None, "--mock-data", "--exit-interval", "6")
+    assert len(steps(result)) == 6
     assert not (tmp_path / "plain" / "tikmix").exists()
     assert "TiKMiX" not in result.stdout
     # A run that began so is not gone on with as if it had not.
-    refused = megatron(1, tmp_path / "plain", tikmix, "--train-iters", "24")
+    refused = megatron(1, tmp_path / "plain", tikmix)
     assert refused.returncode != 0
     assert "was saved without TiKMiX" in refused.stderr
 
@@ -128,7 +142,7 @@ def test_without_the_argument_nothing_changes(tikmix: dict[str, Any], tmp_path: 
         ({"data": {"manifest": "none.yaml"}}, [], "none.yaml"),
         ({"train": {"train_iters": 4}}, [], "train.train_iters follows from the loop's arguments"),
         ({"remix": {"interval_sample": 4}}, [], "interval_sample"),
-        ({}, ["--optimizer-cpu-offload"], "--optimizer-cpu-offload is not supported"),
+        ({}, ["--fim-data"], "--fim-data is not supported"),
     ],
 )
 def test_refusals(
