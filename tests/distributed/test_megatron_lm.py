@@ -26,7 +26,8 @@ ARGUMENTS = """
     --transformer-impl local --no-masked-softmax-fusion --no-bias-gelu-fusion
     --no-bias-dropout-fusion --no-rope-fusion --no-persist-layer-norm
     --no-gradient-accumulation-fusion --hidden-dropout 0.1 --attention-dropout 0.1
-    --use-distributed-optimizer --distributed-backend gloo --log-interval 1 --eval-iters 0 --eval-interval 1000
+    --use-distributed-optimizer --distributed-backend gloo --log-interval 1
+    --eval-iters 0 --eval-interval 1000
     --seed 1234 --num-workers 0 --save-interval 1000 --ckpt-format torch_dist
 """
 LAYOUTS: dict[str, tuple[int, str, int]] = {
