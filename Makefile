@@ -29,10 +29,10 @@ $(MANIFEST): | $(VENV)/.installed
 clean-quickstart:
 	rm -rf runs/quickstart runs/quickstart-data
 
-# Two processes: what runs of one rank leave behind in the first (threads of their process groups, by
-# the thousand) must not slow down the jobs of the second.
+# The unit tests by two processes, file by file; then jobs of several ranks, in a process of their own:
+# what runs of one rank leave behind (threads of process groups, by the thousand) must not slow them.
 test: $(VENV)/.installed-dev
-	$(PYTEST) -m "not slow" tests/unit
+	$(PYTEST) -m "not slow" --numprocesses 2 --dist loadfile tests/unit
 	$(PYTEST) -m "not slow" tests/distributed tests/gpu
 
 test-slow: $(VENV)/.installed-dev

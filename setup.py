@@ -42,6 +42,7 @@ setup(
             "datasets>=3.0",
             "pytest>=8",
             "pytest-timeout>=2.3",
+            "pytest-xdist>=3.5",  # the unit tests on two cores
             "hypothesis>=6.100",
             "cvxpy>=1.6",  # states TiKMiX-D's problem a second time,
             "ecos>=2.0.14",  # and solves it with another solver

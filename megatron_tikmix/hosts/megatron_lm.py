@@ -16,15 +16,16 @@ is touched. Megatron needs megatron-core 0.17 or newer for the package `megatron
 import argparse
 import functools
 import importlib
-import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
+from megatron.core.distributed import finalize_model_grads
 
 from megatron_tikmix.config import HostedConfig
 from megatron_tikmix.config.command_line import load_hosted_config
@@ -36,8 +37,6 @@ from megatron_tikmix.megatron.faults import mend_torch_adam, unshare_steps
 from megatron_tikmix.megatron.groups import Parallel
 from megatron_tikmix.megatron.samples import Sample
 from megatron_tikmix.monitoring.words import decision_in_words
-
-_log = logging.getLogger(__name__)
 
 
 class _Binding:
@@ -59,10 +58,10 @@ def bind() -> None:
     wrappers: dict[tuple[str, str], Callable[..., Any]] = {
         ("arguments", "add_megatron_arguments"): _with_our_argument,
         ("training", "load_checkpoint"): _with_mended_adam,
-        ("checkpointing", "check_checkpoint_args"): binding_of(binding, _note_saved_state),
-        ("training", "build_train_valid_test_data_iterators"): binding_of(binding, _our_iterator),
-        ("training", "train"): binding_of(binding, _connected),
-        ("training", "post_training_step_callbacks"): binding_of(binding, _boundary_after),
+        ("checkpointing", "check_checkpoint_args"): _bound(binding, _note_saved_state),
+        ("training", "build_train_valid_test_data_iterators"): _bound(binding, _our_iterator),
+        ("training", "train"): _bound(binding, _connected),
+        ("training", "post_training_step_callbacks"): _bound(binding, _boundary_after),
     }
     for (module_name, name), wrapper in wrappers.items():
         module = _module(module_name)
@@ -76,7 +75,7 @@ def bind() -> None:
     _without_cuda()
 
 
-def binding_of(binding: _Binding, wrapper: Callable[..., Any]) -> Callable[..., Any]:
+def _bound(binding: _Binding, wrapper: Callable[..., Any]) -> Callable[..., Any]:
     """Give `wrapper` the binding after the function that it wraps."""
 
     def bound(wrapped: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
@@ -223,22 +222,17 @@ def _masked(host: Host, forward_step_func: Callable[..., Any]) -> Callable[..., 
     return step
 
 
-class _schedule_hooks:
-    """Sets, for a while, the hooks of the schedule that Megatron sets in `train`."""
-
-    def __init__(self, model: Any, optimizer: Any) -> None:
-        self._config, self._optimizer = model[0].config, optimizer
-
-    def __enter__(self) -> None:
-        from megatron.core.distributed import finalize_model_grads
-
-        config = self._config
-        self._former = config.finalize_model_grads_func, config.grad_scale_func
-        config.finalize_model_grads_func = config.finalize_model_grads_func or finalize_model_grads
-        config.grad_scale_func = config.grad_scale_func or self._optimizer.scale_loss
-
-    def __exit__(self, *exc: object) -> None:
-        self._config.finalize_model_grads_func, self._config.grad_scale_func = self._former
+@contextmanager
+def _schedule_hooks(model: Any, optimizer: Any) -> Iterator[None]:
+    """Set, for a while, the hooks of the schedule that Megatron sets later, in `train`."""
+    config = model[0].config
+    former = config.finalize_model_grads_func, config.grad_scale_func
+    config.finalize_model_grads_func = former[0] or finalize_model_grads
+    config.grad_scale_func = former[1] or optimizer.scale_loss
+    try:
+        yield
+    finally:
+        config.finalize_model_grads_func, config.grad_scale_func = former
 
 
 def _boundary_after(
