@@ -9,7 +9,6 @@ A file, YAML or JSON, is a list of stages, alone or under ``stages``::
 A run is named by its folder, or by its ledger ``mixture.jsonl``.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 import yaml
 
 from megatron_tikmix.errors import InputError
+from megatron_tikmix.jsonl import read_objects
 from megatron_tikmix.mixture.batch_sizes import BatchSizes
 from megatron_tikmix.mixture.mixture import Mixture
 from megatron_tikmix.mixture.schedule import MixtureSchedule
@@ -130,9 +130,9 @@ def _parsed(path: Path) -> Any:
         raise InputError(f"{path}: cannot be read: {error}") from error
     try:
         if path.suffix == ".jsonl":
-            return [json.loads(line) for line in text.splitlines() if line.strip()]
+            return read_objects(path, "one stage a line")
         return yaml.safe_load(text)  # JSON is YAML
-    except (yaml.YAMLError, json.JSONDecodeError) as error:
+    except yaml.YAMLError as error:
         problem = " ".join(str(error).split())
         raise InputError(f"{path}: neither YAML nor JSON: {problem}") from error
 

@@ -114,5 +114,5 @@ def test_files_that_cannot_be_read(tmp_path):
         ScheduleFile.read(tmp_path)
     with pytest.raises(InputError, match="neither YAML nor JSON"):
         ScheduleFile.read(written(tmp_path / "s.yaml", "a: [1"))
-    with pytest.raises(InputError, match="neither YAML nor JSON"):
-        ScheduleFile.read(written(tmp_path / "s.jsonl", '{"a": 1'))
+    with pytest.raises(InputError, match=r"s\.jsonl: line 2: malformed JSON"):
+        ScheduleFile.read(written(tmp_path / "s.jsonl", '{"a": 1}\n{"a": 1'))
