@@ -5,10 +5,7 @@
 import math
 import numbers
 import re
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
-
-from jsonargparse.typing import restricted_number_type
 
 from megatron_tikmix.errors import InputError
 
@@ -21,30 +18,43 @@ if TYPE_CHECKING:  # they are numbers to whoever reads a section
     Seed = int
     PositiveFloat = float
     NonNegativeFloat = float
-    Share = float
-    Confidence = float
-    Smoothing = float
-    Dropout = float
+    OpenUnitInterval = float
+    FromZeroToBelowOne = float
 else:
+    from jsonargparse.typing import (
+        NonNegativeInt,
+        OpenUnitInterval,
+        PositiveInt,
+        restricted_number_type,
+    )
 
-    def _int(name: str, *restrictions: tuple[str, int]) -> type:
-        return restricted_number_type(name, int, list(restrictions))
+    AtLeast4 = restricted_number_type("AtLeast4", int, [(">=", 4)])
+    AtLeast8 = restricted_number_type("AtLeast8", int, [(">=", 8)])
+    AtLeast16 = restricted_number_type("AtLeast16", int, [(">=", 16)])
+    Seed = restricted_number_type("Seed", int, [(">=", 0), ("<", 2**32)])
+    # jsonargparse's own admit infinity.
+    PositiveFloat = restricted_number_type(
+        "FinitePositiveFloat", float, [(">", 0), ("<", math.inf)]
+    )
+    NonNegativeFloat = restricted_number_type(
+        "FiniteNonNegativeFloat", float, [(">=", 0), ("<", math.inf)]
+    )
+    FromZeroToBelowOne = restricted_number_type("FromZeroToBelowOne", float, [(">=", 0), ("<", 1)])
 
-    def _float(name: str, *restrictions: tuple[str, float]) -> type:
-        return restricted_number_type(name, float, list(restrictions))
-
-    PositiveInt = _int("PositiveInt", (">", 0))
-    NonNegativeInt = _int("NonNegativeInt", (">=", 0))
-    AtLeast4 = _int("AtLeast4", (">=", 4))
-    AtLeast8 = _int("AtLeast8", (">=", 8))
-    AtLeast16 = _int("AtLeast16", (">=", 16))
-    Seed = _int("Seed", (">=", 0), ("<", 2**32))
-    # jsonargparse's own float types admit infinity.
-    PositiveFloat = _float("FinitePositiveFloat", (">", 0), ("<", math.inf))
-    NonNegativeFloat = _float("FiniteNonNegativeFloat", (">=", 0), ("<", math.inf))
-    Share = _float("Share", (">", 0), ("<=", 1))
-    Confidence = _float("OpenUnitInterval", (">", 0), ("<", 1))
-    Smoothing = Dropout = _float("FromZeroToBelowOne", (">=", 0), ("<", 1))
+__all__ = [
+    "AtLeast4",
+    "AtLeast8",
+    "AtLeast16",
+    "FromZeroToBelowOne",
+    "NonNegativeFloat",
+    "NonNegativeInt",
+    "OpenUnitInterval",
+    "PositiveFloat",
+    "PositiveInt",
+    "Seed",
+    "check_ranges",
+    "out_of_range",
+]
 
 
 def check_ranges(name: str, section: Any) -> None:
@@ -58,20 +68,14 @@ def check_ranges(name: str, section: Any) -> None:
         InputError: names the first such field, its value and the range.
     """
     for field, hint in get_type_hints(type(section)).items():
-        kinds = list(_restricted(hint))
-        if not kinds or not hasattr(section, field):
-            continue
-        key = f"{name}.{field}" if name else field
-        # A frozen section's numbers too are made plain.
-        object.__setattr__(section, field, _plain(key, hint, getattr(section, field)))
+        if _has_range(hint) and hasattr(section, field):
+            key = f"{name}.{field}" if name else field
+            # A frozen section's numbers too are made plain.
+            object.__setattr__(section, field, _plain(key, hint, getattr(section, field)))
 
 
-def _restricted(hint: Any) -> Iterator[Any]:
-    """The types with a range in `hint`, those of the values of a dict included."""
-    if hasattr(hint, "_restrictions"):
-        yield hint
-    for part in get_args(hint):
-        yield from _restricted(part)
+def _has_range(hint: Any) -> bool:
+    return hasattr(hint, "_restrictions") or any(map(_has_range, get_args(hint)))
 
 
 def _plain(key: str, hint: Any, value: Any) -> Any:

@@ -6,11 +6,11 @@ from typing import Any, Literal
 from megatron_tikmix.config.ranges import (
     AtLeast4,
     AtLeast16,
-    Confidence,
+    FromZeroToBelowOne,
     NonNegativeFloat,
+    OpenUnitInterval,
     PositiveFloat,
     PositiveInt,
-    Smoothing,
     check_ranges,
 )
 from megatron_tikmix.errors import InputError, require
@@ -110,7 +110,7 @@ class RemixConfig:
     domain counts for at least 1e-4 of the uniform weight, so that one that was left out can return:
     to leave it out for good, use `constraints`."""
 
-    smoothing: Smoothing | None = None
+    smoothing: FromZeroToBelowOne | None = None
     """Weight of former boundaries in an exponential average of influence, 0 (none) to below 1.
     None: 0.5; 0 with preset paper."""
 
@@ -195,7 +195,7 @@ class AuditConfig:
     repetitions: AtLeast4 = 4
     """Pairs of rollouts, each pair on fresh samples; at least 4, for an interval."""
 
-    confidence: Confidence = 0.95
+    confidence: OpenUnitInterval = 0.95
     """Of the interval that a difference must be outside of to count."""
 
     def __post_init__(self) -> None:

@@ -13,8 +13,8 @@ import torch
 
 from megatron_tikmix.config.ranges import (
     AtLeast8,
-    Confidence,
     NonNegativeInt,
+    OpenUnitInterval,
     PositiveFloat,
     PositiveInt,
     Seed,
@@ -194,7 +194,7 @@ class ProbeConfig:
     """A probe may take at most so many tokens, relative to those of an interval: sub_batches is
     lowered to fit, and what cannot fit is refused before training. None: no limit."""
 
-    precision: Confidence | None = None
+    precision: OpenUnitInterval | None = None
     """Adaptive budget: add sub-batches where they matter, beyond `sub_batches`, until noise moves
     the mixture solved by no more than this in total variation, and a fresh batch confirms it.
     None: `sub_batches` of each domain, and no more."""

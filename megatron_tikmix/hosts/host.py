@@ -74,14 +74,13 @@ class Host:
             )
         if state is None:
             self.schedule = self.data.initial_schedule()
-            self._rows = [StageRow.first(self.schedule.mixture(0))]
+            rows = [StageRow.first(self.schedule.mixture(0))]
         else:
-            self.schedule, self._rows = make_on_all_ranks(
+            self.schedule, rows = make_on_all_ranks(
                 parallel, lambda: self._restored(state, consumed_samples)
             )
         check_same_on_all_ranks(self.schedule.digest(), "the mixture schedule", parallel)
-        self.ledger = Ledger(self._rows)
-        make_on_all_ranks(parallel, self._write_ledger)
+        self.ledger = make_on_all_ranks(parallel, lambda: self._opened(rows))
         self._dataset = BlendedDataset(self.schedule, self.data.streams, parallel)
         self._begin = consumed_samples
 
@@ -121,23 +120,23 @@ class Host:
             "domains' training tokens": tokens,
         }
 
-    def _write_ledger(self) -> None:
-        """Bring the ledger's file to where the run stands."""
+    def _opened(self, rows: list[StageRow]) -> Ledger:
+        """Return the ledger; the main rank's writes to its file, which is brought to these rows."""
         if not self.parallel.is_main:
-            return
+            return Ledger(rows)
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            text = "".join(json_line(row.to_json()) for row in self._rows)
+            text = "".join(json_line(row.to_json()) for row in rows)
             (self._folder / LEDGER).write_text(text, encoding="utf-8")
         except OSError as error:
             raise InputError(f"{self._folder} cannot be written to: {error}") from error
-        self.ledger = Ledger(self._rows, run_dir=self._folder)
+        return Ledger(rows, run_dir=self._folder)
 
     def micro_batches(self) -> Iterator[Sample]:
         """Yield this data-parallel rank's micro-batches from where the loop stands, to its end.
 
         Each interval is opened when its first micro-batch is asked for, after its mixture was
-        decided. Ranks that do not read need not call it; it is collective among none.
+        decided. Not collective: only some ranks read. :meth:`prepare` has written what they need.
         """
         config, parallel = self.config.train, self.parallel
         dataset = BlendedDataset(self.schedule, self.data.streams)

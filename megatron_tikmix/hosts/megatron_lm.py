@@ -33,6 +33,7 @@ from megatron_tikmix.errors import InputError, TrainingError
 from megatron_tikmix.hosts.host import Host
 from megatron_tikmix.log import configure_logging, print_error
 from megatron_tikmix.megatron import cpu
+from megatron_tikmix.megatron.collectives import make_on_all_ranks
 from megatron_tikmix.megatron.faults import mend_torch_adam, unshare_steps
 from megatron_tikmix.megatron.groups import Parallel
 from megatron_tikmix.megatron.samples import Sample
@@ -159,10 +160,10 @@ def _our_iterator(
     if args.tikmix_config is None:
         return wrapped(provider)
     if binding.host is None:
-        config = hosted_config(args)
+        parallel = Parallel.from_megatron()
         binding.host = Host(
-            config,
-            Parallel.from_megatron(),
+            make_on_all_ranks(parallel, lambda: hosted_config(args)),
+            parallel,
             state=binding.saved,
             iteration=args.iteration,
             consumed_samples=args.consumed_train_samples,

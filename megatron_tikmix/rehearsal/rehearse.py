@@ -128,7 +128,7 @@ def rehearse(
     config.model.transformer_impl = "local"
     if config.model.attention_backend is AttnBackend.auto:
         config.model.attention_backend = AttnBackend.flash
-    parallel = _join(config, world_size, rank)
+    parallel = join(config, world_size, rank)
     watched = StandIn()
     error = None
     try:
@@ -145,14 +145,15 @@ def rehearse(
     cost = None
     if probe is not None and config.device_name is not None:
         cost = boundary_cost(config.device_name, config, world_size, trained, probe)
-    flash = config.model.uses_torch_attention
+    if config.model.uses_torch_attention:
+        attention = "torch's, keeps no scores"
+    else:
+        attention = "megatron-core's, keeps scores"
     return Rehearsal(
         rank=rank,
         world_size=world_size,
         place={name: getattr(groups, name).rank() for name in ("tp", "pp", "dp")},
-        attention=f"torch's, {'keeps no scores' if flash else 'keeps scores'}"
-        if flash
-        else "megatron-core's, keeps scores",
+        attention=attention,
         phases=_phases(watched, parallel, _micro_batches(config, world_size)[0]),
         micro_batches_of_step=_micro_batches(config, world_size)[1],
         sub_batches=(
@@ -166,7 +167,8 @@ def rehearse(
     )
 
 
-def _join(config: RunConfig, world_size: int, rank: int) -> Parallel:
+def join(config: RunConfig, world_size: int, rank: int) -> Parallel:
+    """Join a job of that size as the only rank there is, and lay its ranks out."""
     os.environ["RANK"], os.environ["WORLD_SIZE"] = str(rank), str(world_size)
     stand_in.begin(rank, world_size)
     model = config.model
@@ -196,7 +198,6 @@ def _act(
         for name in ("reset_position_ids", "reset_attention_mask", "eod_mask_loss")
     }
     boundaries = DocumentBoundaries(eod=0, **switches)
-    # Without switches nothing is done to a batch, as where data is read.
     forward_backward, optimizer, scheduler = build_training(
         config, vocab_size, boundaries, parallel
     )

@@ -27,21 +27,20 @@ stand_in.install()
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 import yaml  # noqa: E402
-from megatron.core import parallel_state, tensor_parallel  # noqa: E402
+from megatron.core import parallel_state  # noqa: E402
 from megatron.core.dist_checkpointing.mapping import ShardedTensor  # noqa: E402
-from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: E402
 
 from megatron_tikmix.config import load_config  # noqa: E402
 from megatron_tikmix.measure import probe  # noqa: E402
 from megatron_tikmix.measure.remixer import load_data  # noqa: E402
 from megatron_tikmix.megatron import step  # noqa: E402
-from megatron_tikmix.megatron.groups import Parallel  # noqa: E402
+from megatron_tikmix.rehearsal.rehearse import join  # noqa: E402
 from megatron_tikmix.training import loop  # noqa: E402
 from megatron_tikmix.training.build import build  # noqa: E402
 from megatron_tikmix.training.checkpoint import Checkpointer  # noqa: E402
 from megatron_tikmix.training.record import Recorder  # noqa: E402
 from megatron_tikmix.training.stopping import Stopping  # noqa: E402
-from tests.conftest import overridden  # noqa: E402
+from tests.conftest import forget_attention_backend, overridden  # noqa: E402
 
 
 def run_case(
@@ -51,30 +50,12 @@ def run_case(
     folder = Path(tempfile.mkdtemp())
     path = folder / "run.yaml"
     path.write_text(yaml.safe_dump(settings | {"run_dir": str(folder / "run")}))
-    os.environ["RANK"], os.environ["WORLD_SIZE"] = str(rank), str(world_size)
-    stand_in.begin(rank, world_size)
     seen: dict[str, Any] = {"errors": []}
-    for name in ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN"):
-        os.environ.pop(name, None)  # megatron-core holds a process to one backend
+    forget_attention_backend()
     try:
         config, resolved = load_config([str(path)])
         config.check(world_size)
-        model = config.model
-        parallel_state.initialize_model_parallel(
-            model.tensor_model_parallel_size,
-            model.pipeline_model_parallel_size,
-            model.virtual_pipeline_model_parallel_size,
-            create_gloo_process_groups=False,
-        )
-        tensor_parallel.model_parallel_cuda_manual_seed(config.seed)
-        parallel = Parallel(
-            rank,
-            world_size,
-            stand_in.DEVICE,
-            ProcessGroupCollection.use_mpu_process_groups(),
-            dist.new_group(),
-            dist.new_group(),
-        )
+        parallel = join(config, world_size, rank)
         watched = stand_in.StandIn(heard=said)
 
         def part(name: str, do: Any) -> Any:
@@ -116,9 +97,9 @@ def run_case(
             said[:] = watched.said
         seen["source"] = run.state.ledger[-1].source if run.state.ledger else None
     finally:
-        with contextlib.suppress(Exception):
-            parallel_state.destroy_model_parallel()
-        dist.destroy_process_group()
+        parallel_state.destroy_model_parallel()
+        if dist.is_initialized():
+            dist.destroy_process_group()
     return seen
 
 

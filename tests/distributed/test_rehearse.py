@@ -167,3 +167,19 @@ def test_bad_input_is_one_sentence(arguments: list[str], words: str) -> None:
     assert result.returncode == 2
     assert words in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_replicated_sub_batches_are_passed_on_every_rank(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    """Dealt out over six ranks, the last one has its share too, and needs as much memory."""
+    path = tmp_path / "run.yaml"
+    changes = {"probe.data_parallel_mode": "replicated", "train.global_batch_size": 12}
+    changes |= {"remix.interval_samples": 48}
+    path.write_text(yaml.safe_dump(overridden(settings, changes)))
+    numbers = ["--vocab_size", str(VOCAB_SIZE), "--domains", "3", "--world_size", "6"]
+    peaks = [
+        rehearsed(tmp_path, str(path), *numbers, "--rank", rank)["phases"][-1]["peak"]
+        for rank in ("0", "5")
+    ]
+    assert peaks[1] == pytest.approx(peaks[0], rel=0.01)

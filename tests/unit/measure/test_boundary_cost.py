@@ -1,5 +1,6 @@
 """Seconds of a boundary: what follows from whom, and the advice that the plan gives."""
 
+import typing
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,11 @@ def test_parts_add_up() -> None:
     assert found.total == pytest.approx(sum(sums.values()) + found.solve)
     for seconds in sums.values():
         assert f"{seconds:.3g}" in found.in_words()
+
+
+def test_the_configuration_names_the_cards_that_have_figures() -> None:
+    names = typing.get_args(typing.get_type_hints(RunConfig)["device_name"])[0]
+    assert set(typing.get_args(names)) == set(ACCELERATORS)
 
 
 def test_a_card_without_figures_is_refused() -> None:
